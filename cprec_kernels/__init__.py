@@ -1,0 +1,18 @@
+"""Fused kernels for compressed next-item recommenders: block embeddings, clustered softmax, exact top-N (CpRec)."""
+
+from . import functional, nn
+from ._backend import BackendError, backend_of, get_backend, set_backend, use_backend
+from ._version import __version__
+from .partition import Partition
+
+__all__ = [
+    "BackendError",
+    "Partition",
+    "__version__",
+    "backend_of",
+    "functional",
+    "get_backend",
+    "nn",
+    "set_backend",
+    "use_backend",
+]

@@ -1,0 +1,179 @@
+"""Which implementation of an op runs, and why.
+
+Every op lists its implementations in order of preference when it is registered; the choice follows from the device, the
+dtype and what was built, never from probing inside a forward. ``CPREC_BACKEND`` or :func:`set_backend` ask for one by
+name, and then nothing else will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from . import _native
+
+BACKENDS = ("native", "triton", "reference")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot serve the call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to run an op. ``device_types`` and ``dtypes`` of None mean any."""
+
+    backend: str
+    call: Callable[..., Any]
+    device_types: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    available: Callable[[], str] = str  # "" when it can run here, else the reason why not
+
+    def refusal(self, device_type: str, dtype: torch.dtype) -> str:
+        """Why this implementation cannot serve a device and dtype; "" when it can."""
+        if self.device_types is not None and device_type not in self.device_types:
+            return f"{self.backend} serves {', '.join(self.device_types)} tensors, not {device_type}"
+        missing = self.available()
+        if missing:
+            return missing
+        if self.dtypes is not None and dtype not in self.dtypes:
+            names = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            return f"{self.backend} serves {names}, not {str(dtype).removeprefix('torch.')}"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The implementation that will run and the reasons why the preferred ones will not."""
+
+    implementation: Implementation
+    reason: str
+
+
+_OPS: dict[str, tuple[Implementation, ...]] = {}
+_requested: str = "auto"
+
+
+def register(op: str, *implementations: Implementation) -> None:
+    """Declare an op's implementations, the preferred one first. The last must be the reference."""
+    _OPS[op] = implementations
+
+
+def ops() -> tuple[str, ...]:
+    """Names of all registered ops."""
+    return tuple(_OPS)
+
+
+@functools.cache
+def _native_symbol(name: str) -> str:
+    """"" when the compiled module has the kernel ``name``, else why not."""
+    if _native.STATUS.module is None:
+        return _native.STATUS.reason
+    if name not in _native.STATUS.module.build_config()["kernels"]:
+        return f"this build of _C has no {name}: {_native.build_info() or {}}"
+    return ""
+
+
+def native(name: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> Implementation:
+    """The C++ or CUDA kernel ``torch.ops.cprec_native.<name>`` for one device type."""
+
+    def call(*args: Any) -> Any:
+        return getattr(torch.ops.cprec_native, name)(*args)
+
+    return Implementation("native", call, (device_type,), dtypes, lambda: _native_symbol(f"{name}/{device_type}"))
+
+
+def reference(call: Callable[..., Any]) -> Implementation:
+    """The implementation in plain PyTorch."""
+    return Implementation("reference", call)
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
+    """The implementation of ``op`` for a device type and dtype.
+
+    Raises:
+        BackendError: a backend was requested by name and cannot serve this.
+    """
+    refusals = []
+    for implementation in _OPS[op]:
+        if _requested not in ("auto", implementation.backend):
+            continue
+        refusal = implementation.refusal(device_type, dtype)
+        if not refusal:
+            return Choice(implementation, "; ".join(refusals))
+        refusals.append(refusal)
+    reasons = "; ".join(refusals) or f"{op} has no {_requested} implementation"
+    raise BackendError(f"backend {_requested!r} was requested and cannot run {op} on {device_type}: {reasons}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose_cached(op: str, device_type: str, dtype: torch.dtype, _requested_now: str) -> Callable[..., Any]:
+    choice = choose(op, device_type, dtype)
+    if choice.implementation.backend == "reference" and not _native.STATUS.intended and _native.STATUS.module is None:
+        _warn_once()
+    return choice.implementation.call
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        f"cprec_kernels runs without its compiled kernels, through slower reference code: {_native.STATUS.reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def dispatch(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The function that runs ``op`` for tensors like ``tensor``."""
+    return _choose_cached(op, tensor.device.type, tensor.dtype, _requested)
+
+
+def backend_of(op: str, tensor: torch.Tensor) -> str:
+    """Backend that will run ``op`` for tensors of this device and dtype: "native", "triton" or "reference".
+
+    Raises:
+        KeyError: no such op; :func:`ops` lists them.
+        BackendError: the backend requested by name cannot serve it.
+    """
+    if op not in _OPS:
+        raise KeyError(f"no op {op!r}; there are {', '.join(_OPS)}")
+    return choose(op, tensor.device.type, tensor.dtype).implementation.backend
+
+
+def set_backend(name: str) -> None:
+    """Ask for one backend for all ops of this process, or "auto" for the best there is.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    global _requested
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend {name!r} is not one of auto, {', '.join(BACKENDS)}")
+    _requested = name
+
+
+def get_backend() -> str:
+    """The backend asked for, "auto" unless :func:`set_backend` or ``CPREC_BACKEND`` said otherwise."""
+    return _requested
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """:func:`set_backend` for the length of a ``with`` block, process-wide."""
+    previous = _requested
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(previous)
+
+
+# A wrong name in the environment must not break the import: it is kept, and the first op that runs reports it.
+_requested = os.environ.get("CPREC_BACKEND", "auto") or "auto"

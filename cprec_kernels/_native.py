@@ -1,0 +1,67 @@
+"""Loads the compiled module ``_C`` if there is one that fits this torch, and remembers why when there is not.
+
+Importing this never raises: without ``_C`` every op runs through ``reference/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeStatus:
+    """State of the compiled module: the module itself, or None with one sentence on why and how to mend it."""
+
+    module: ModuleType | None
+    reason: str
+    intended: bool  # True when it was left out on purpose (CPREC_BUILD=none)
+
+
+def _minor(version: str) -> tuple[int, int]:
+    """(major, minor) of a torch version such as ``2.13.0+cpu``; extensions fit within one minor release."""
+    parts = version.split("+")[0].split(".")
+    return int(parts[0]), int(parts[1])
+
+
+def build_info(folder: Path | None = None) -> dict[str, Any] | None:
+    """What the build recorded beside the package, or None for a source tree that was never built."""
+    path = (folder or Path(__file__).parent) / "_build_info.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return info if isinstance(info, dict) else None
+
+
+def load(info: dict[str, Any] | None, import_module: Any = importlib.import_module) -> NativeStatus:
+    """Import ``_C`` when ``info`` says that it was built for this torch."""
+    if info is None:
+        return NativeStatus(None, f"the C++ module was never built here; build it with `{_REBUILD}`", False)
+    if not info.get("native"):
+        reason = str(info.get("reason") or "the package was built with CPREC_BUILD=none")
+        return NativeStatus(None, reason, info.get("mode") == "none")
+    built_for = str(info.get("torch", ""))
+    try:
+        fits = _minor(built_for) == _minor(torch.__version__)
+    except (ValueError, IndexError):
+        fits = False
+    if not fits:
+        return NativeStatus(
+            None, f"_C was built for torch {built_for}, this is torch {torch.__version__}; rebuild it with `{_REBUILD}`", False
+        )
+    try:
+        return NativeStatus(import_module("cprec_kernels._C"), "", False)
+    except (ImportError, OSError, RuntimeError) as error:
+        return NativeStatus(None, f"_C does not load ({error}); rebuild it with `{_REBUILD}`", False)
+
+
+STATUS = load(build_info())

@@ -1,0 +1,22 @@
+"""Stateless API: every op as a function of tensors."""
+
+from .ops.block_embedding import block_embedding
+from .ops.clustered_softmax import (
+    Weights,
+    clustered_cross_entropy,
+    clustered_log_prob,
+    clustered_score,
+    clustered_target_log_prob,
+)
+from .ops.clustered_topk import clustered_rank, clustered_topk
+
+__all__ = [
+    "Weights",
+    "block_embedding",
+    "clustered_cross_entropy",
+    "clustered_log_prob",
+    "clustered_rank",
+    "clustered_score",
+    "clustered_target_log_prob",
+    "clustered_topk",
+]

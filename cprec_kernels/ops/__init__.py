@@ -1,0 +1,5 @@
+"""The registered ops: one file per op, each a contract from schema to public function."""
+
+from . import block_embedding, clustered_softmax, clustered_topk
+
+__all__ = ["block_embedding", "clustered_softmax", "clustered_topk"]

@@ -1,0 +1,164 @@
+"""Registration helpers shared by the ops: the library, the dispatch to implementations, autocast, value checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+
+NAMESPACE = "cprec"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def define(schema: str) -> str:
+    """Define an op from its schema; returns its name."""
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    return schema.split("(", 1)[0]
+
+
+def implement(op: str, check: Callable[..., None], check_values: Callable[..., None], anchor: int) -> None:
+    """Run ``op`` by the implementation that fits the tensor (or list of tensors) at argument ``anchor``.
+
+    Every argument is checked first: ``check`` looks at shapes and dtypes, ``check_values`` at the data.
+    """
+
+    def run(*args: Any) -> Any:
+        check(*args)
+        check_values(*args)
+        tensor = args[anchor] if isinstance(args[anchor], Tensor) else args[anchor][0]
+        # A backward called inside an autocast region must not have its inner products narrowed.
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return _backend.dispatch(op, tensor)(*args)
+
+    LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+
+
+def fake(op: str, function: Callable[..., Any]) -> None:
+    """Register the shapes and dtypes of an op's results."""
+    torch.library.register_fake(f"{NAMESPACE}::{op}", function, lib=LIBRARY)
+
+
+def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Register an op's derivative."""
+    torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def autocast(op: str, rule: Callable[..., Any]) -> None:
+    """Register ``rule(overload, dtype, *args)`` at the autocast keys; ``overload`` then runs without autocast."""
+    overload = getattr(getattr(torch.ops, NAMESPACE), op).default
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+
+        def kernel(*args: Any, _device_type: str = device_type) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+                return rule(overload, torch.get_autocast_dtype(_device_type), *args)
+
+        LIBRARY.impl(op, kernel, key)
+
+
+def cast_floating(value: Any, dtype: torch.dtype) -> Any:
+    """``value`` with every floating tensor narrower than fp64 in ``dtype``; lists are walked, the rest passes through."""
+    if isinstance(value, Tensor):
+        eligible = value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if eligible else value
+    if isinstance(value, (list, tuple)):
+        return [cast_floating(item, dtype) for item in value]
+    return value
+
+
+def check_ids(ids: Tensor, num_items: int, name: str, allowed: int | None = None) -> None:
+    """Raise IndexError for an id outside 0..num_items-1 that is not ``allowed``, with the value and where it is.
+
+    On a device the check is an assertion in the stream: nothing waits for it, and it fails the kernel's stream.
+    """
+    if ids.numel() == 0:
+        return
+    if ids.device.type != "cpu":
+        bad = (ids < 0) | (ids >= num_items)
+        if allowed is not None:
+            bad = bad & (ids != allowed)
+        torch._assert_async(~bad.any(), f"{name} holds an id outside 0..{num_items - 1}")
+        return
+    low, high = torch.aminmax(ids)
+    if int(low) >= 0 and int(high) < num_items:
+        return
+    bad = (ids < 0) | (ids >= num_items)
+    if allowed is not None:
+        bad &= ids != allowed
+    if bad.any():
+        place = tuple(int(i) for i in bad.nonzero()[0])
+        extra = "" if allowed is None else f" (or {allowed}, ignored)"
+        raise IndexError(f"{name}{list(place)} = {int(ids[place])} is outside 0..{num_items - 1}{extra}")
+
+
+def check_integers(ids: Tensor, name: str) -> None:
+    """Raise TypeError unless ids are int64."""
+    torch._check_type(
+        ids.dtype == torch.int64, lambda: f"{name} must be int64, got {ids.dtype}; convert with {name}.long()"
+    )
+
+
+def check_factors(tables: Sequence[Tensor], projections: Sequence[Tensor], name: str) -> int:
+    """Check tables (k_j, d_j) and the projections (d_j, d) of those narrower than d; returns d.
+
+    Raises:
+        ValueError: a wrong number of dimensions, a rank above d, a missing, spare or mis-shaped projection.
+        TypeError: differing or unsupported dtypes.
+    """
+    torch._check_value(len(tables) > 0, lambda: f"{name} must hold at least one table")
+    for j, table in enumerate(tables):
+        torch._check_value(table.dim() == 2, lambda j=j, t=table: f"{name}[{j}] must be 2-D, got shape {tuple(t.shape)}")
+    for i, projection in enumerate(projections):
+        torch._check_value(
+            projection.dim() == 2, lambda i=i, p=projection: f"projections[{i}] must be 2-D, got shape {tuple(p.shape)}"
+        )
+    width = int((projections[0] if projections else tables[0]).shape[1])
+    used = 0
+    for j, table in enumerate(tables):
+        rank = int(table.shape[1])
+        torch._check_value(
+            1 <= rank <= width, lambda j=j, r=rank: f"{name}[{j}] has rank {r}, outside 1..{width} (the model width)"
+        )
+        if rank == width:
+            continue
+        torch._check_value(
+            used < len(projections),
+            lambda j=j, r=rank: f"{name}[{j}] has rank {r} below the width {width} and needs a projection; "
+            f"{len(projections)} were given, for the narrower tables in order",
+        )
+        shape = tuple(projections[used].shape)
+        torch._check_value(
+            shape == (rank, width),
+            lambda j=j, r=rank, i=used, s=shape: f"projections[{i}] belongs to {name}[{j}] and must be ({r}, {width}), got {s}",
+        )
+        used += 1
+    torch._check_value(
+        used == len(projections),
+        lambda: f"{len(projections)} projections were given and {used} are needed: a table of the full width {width} has none",
+    )
+    check_same_kind([*tables, *projections], name)
+    return width
+
+
+def check_same_kind(tensors: Sequence[Tensor], name: str) -> None:
+    """Raise TypeError unless all tensors share one floating dtype, ValueError unless they share one device."""
+    dtype, device = tensors[0].dtype, tensors[0].device
+    torch._check_type(
+        dtype.is_floating_point and dtype.itemsize >= 2, lambda: f"{name} must be floating point, got {dtype}"
+    )
+    for tensor in tensors[1:]:
+        torch._check_type(
+            tensor.dtype == dtype,
+            lambda t=tensor: f"{name}, projections, biases and input must share one dtype, got {dtype} and {t.dtype}; "
+            "convert one, or run under torch.autocast",
+        )
+        torch._check_value(
+            tensor.device == device,
+            lambda t=tensor: f"{name}, projections, biases and input must be on one device, got {device} and {t.device}",
+        )

@@ -1,0 +1,214 @@
+"""``cprec::block_embedding``: rows of a table stored as low-rank frequency clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from ..reference import block_embedding as ref
+from ._library import autocast, autograd, check_factors, check_ids, check_integers, define, fake, implement
+
+# Schema
+
+FORWARD = define(
+    "block_embedding(Tensor ids, Tensor[] embeddings, Tensor[] projections, int? padding_idx, bool sparse)"
+    " -> Tensor"
+)
+BACKWARD = define(
+    "block_embedding_backward(Tensor grad, Tensor ids, Tensor[] embeddings, Tensor[] projections, int? padding_idx,"
+    " bool[2] output_mask) -> (Tensor[], Tensor[])"
+)
+BACKWARD_SPARSE = define(
+    "block_embedding_backward_sparse(Tensor grad, Tensor ids, Tensor[] embeddings, Tensor[] projections,"
+    " int? padding_idx, bool[2] output_mask) -> (Tensor[], Tensor[], Tensor[])"
+)
+
+# Implementations
+
+
+def _check(
+    ids: Tensor, embeddings: Sequence[Tensor], projections: Sequence[Tensor], padding_idx: int | None, sparse: bool
+) -> None:
+    check_integers(ids, "ids")
+    check_factors(embeddings, projections, "embeddings")
+    torch._check_value(
+        ids.device == embeddings[0].device, lambda: f"ids are on {ids.device}, embeddings on {embeddings[0].device}"
+    )
+    num_items = _num_items(embeddings)
+    torch._check_value(
+        padding_idx is None or 0 <= padding_idx < num_items,
+        lambda: f"padding_idx = {padding_idx} is outside 0..{num_items - 1}",
+    )
+
+
+def _check_values(
+    ids: Tensor, embeddings: Sequence[Tensor], projections: Sequence[Tensor], padding_idx: int | None, sparse: bool
+) -> None:
+    check_ids(ids, _num_items(embeddings), "ids")
+
+
+def _check_backward(grad: Tensor, ids: Tensor, *args: Any) -> None:
+    torch._check_value(
+        grad.shape[:-1] == ids.shape, lambda: f"grad is {tuple(grad.shape)} for ids of shape {tuple(ids.shape)}"
+    )
+
+
+def _num_items(embeddings: Sequence[Tensor]) -> int:
+    return int(sum(table.shape[0] for table in embeddings))
+
+
+def _reference(
+    ids: Tensor, embeddings: Sequence[Tensor], projections: Sequence[Tensor], padding_idx: int | None, sparse: bool
+) -> Tensor:
+    return ref.block_embedding(ids, embeddings, projections)
+
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_backend.register(
+    FORWARD,
+    _backend.native(FORWARD, "cpu", NATIVE_DTYPES),
+    _backend.native(FORWARD, "cuda", NATIVE_DTYPES),
+    _backend.reference(_reference),
+)
+_backend.register(BACKWARD, _backend.reference(ref.block_embedding_backward))
+_backend.register(BACKWARD_SPARSE, _backend.reference(ref.block_embedding_backward_sparse))
+# The tables, not the integer ids, decide the dtype that an implementation must serve.
+implement(FORWARD, _check, _check_values, anchor=1)
+implement(BACKWARD, _check_backward, lambda *args: None, anchor=0)
+implement(BACKWARD_SPARSE, _check_backward, lambda *args: None, anchor=0)
+
+# Fake
+
+
+def _fake(
+    ids: Tensor,
+    embeddings: Sequence[Tensor],
+    projections: Sequence[Tensor],
+    padding_idx: int | None,
+    sparse: bool,
+) -> Tensor:
+    _check(ids, embeddings, projections, padding_idx, sparse)
+    width = (projections[0] if projections else embeddings[0]).shape[1]
+    return embeddings[0].new_empty(*ids.shape, width)
+
+
+def _fake_backward(
+    grad: Tensor,
+    ids: Tensor,
+    embeddings: Sequence[Tensor],
+    projections: Sequence[Tensor],
+    padding_idx: int | None,
+    output_mask: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor]]:
+    d_embeddings = [torch.empty_like(table, memory_format=torch.contiguous_format) for table in embeddings]
+    d_projections = [torch.empty_like(projection, memory_format=torch.contiguous_format) for projection in projections]
+    return d_embeddings if output_mask[0] else [], d_projections if output_mask[1] else []
+
+
+def _fake_backward_sparse(
+    grad: Tensor,
+    ids: Tensor,
+    embeddings: Sequence[Tensor],
+    projections: Sequence[Tensor],
+    padding_idx: int | None,
+    output_mask: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    rows: list[Tensor] = []
+    values: list[Tensor] = []
+    if output_mask[0]:
+        context = torch.library.get_ctx()
+        for table in embeddings:
+            touched = context.new_dynamic_size()
+            rows.append(ids.new_empty(touched))
+            values.append(table.new_empty(touched, table.shape[1]))
+    d_projections = [torch.empty_like(projection, memory_format=torch.contiguous_format) for projection in projections]
+    return rows, values, d_projections if output_mask[1] else []
+
+
+fake(FORWARD, _fake)
+fake(BACKWARD, _fake_backward)
+fake(BACKWARD_SPARSE, _fake_backward_sparse)
+
+# Autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ids, embeddings, projections, ctx.padding_idx, ctx.sparse = inputs
+    ctx.num_tables = len(embeddings)
+    ctx.save_for_backward(ids, *embeddings, *projections)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    ids, *factors = ctx.saved_tensors
+    embeddings, projections = factors[: ctx.num_tables], factors[ctx.num_tables :]
+    _, need_embeddings, need_projections, _, _ = ctx.needs_input_grad
+    mask = [any(need_embeddings), any(need_projections)]
+    args = (grad, ids, embeddings, projections, ctx.padding_idx, mask)
+    if ctx.sparse:
+        rows, values, d_projections = torch.ops.cprec.block_embedding_backward_sparse(*args)
+        d_embeddings = [
+            torch.sparse_coo_tensor(row[None], value, table.shape, is_coalesced=True, check_invariants=False)
+            for row, value, table in zip(rows, values, embeddings, strict=False)
+        ]
+    else:
+        d_embeddings, d_projections = torch.ops.cprec.block_embedding_backward(*args)
+    return None, keep(d_embeddings, need_embeddings), keep(d_projections, need_projections), None, None
+
+
+def keep(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients that were asked for, None in the other places; ``gradients`` is empty when none were."""
+    return [gradient if need else None for gradient, need in zip(gradients or [None] * len(needed), needed, strict=True)]
+
+
+autograd(FORWARD, _backward, _setup_context)
+
+# Autocast
+
+
+def _autocast(overload: Any, dtype: torch.dtype, ids: Tensor, embeddings: Sequence[Tensor], *args: Any) -> Tensor:
+    # Only the result is cast: a copy of every table in the narrow type would cost more than the whole lookup.
+    out: Tensor = overload(ids, embeddings, *args)
+    return out if out.dtype == torch.float64 else out.to(dtype)
+
+
+autocast(FORWARD, _autocast)
+
+# Public
+
+
+def block_embedding(
+    ids: Tensor,
+    embeddings: Sequence[Tensor],
+    projections: Sequence[Tensor] = (),
+    *,
+    padding_idx: int | None = None,
+    sparse: bool = False,
+) -> Tensor:
+    """Look up items in a table stored as low-rank frequency clusters (CpRec, arXiv 2004.13139, eq. 4).
+
+    Item x of cluster j, row g = x - offset_j, is ``embeddings[j][g] @ projections[.]``; a cluster as wide as the model
+    has no projection. Sums are taken in fp32 (fp64 for fp64) and rounded once.
+
+    Args:
+        ids: (...) int64, each in 0..num_items-1.
+        embeddings: E_j (k_j, d_j), one per cluster, in one floating dtype.
+        projections: P_j (d_j, d) for the clusters with d_j < d, in order; d is their width, or that of
+            ``embeddings[0]`` when there are none.
+        padding_idx: an id whose tokens give no gradient, as in ``torch.nn.functional.embedding``.
+        sparse: give the gradients of ``embeddings`` as coalesced sparse tensors of the touched rows. Their size
+            depends on the data, so this mode trains in eager mode only.
+
+    Returns:
+        (..., d) in the dtype of ``embeddings``; in the autocast dtype under autocast.
+
+    Raises:
+        IndexError: an id out of range, with its place.
+        TypeError: ids not int64, tables of mixed or non-floating dtype.
+        ValueError: shapes that do not fit together, tensors on several devices.
+    """
+    out: Tensor = torch.ops.cprec.block_embedding(ids, list(embeddings), list(projections), padding_idx, sparse)
+    return out

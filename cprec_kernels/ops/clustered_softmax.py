@@ -1,0 +1,350 @@
+"""``cprec::clustered_softmax`` (log-probability of targets), ``clustered_log_prob`` and ``clustered_score``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from ..reference import clustered_softmax as ref
+from ..reference.common import accumulate_dtype
+from ._library import (
+    LIBRARY,
+    autocast,
+    autograd,
+    cast_floating,
+    check_factors,
+    check_ids,
+    check_integers,
+    check_same_kind,
+    define,
+    fake,
+    implement,
+)
+from .block_embedding import keep
+
+# Schema
+
+WEIGHTS = "Tensor[] weights, Tensor[] projections, Tensor? head_bias, Tensor[] tail_biases"
+FORWARD = define(
+    f"clustered_softmax(Tensor input, Tensor target, {WEIGHTS}, int ignore_index) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+BACKWARD = define(
+    f"clustered_softmax_backward(Tensor grad_log_prob, Tensor grad_uniform, Tensor input, Tensor target, {WEIGHTS},"
+    " Tensor lse_head, Tensor lse_tail, int ignore_index, bool[5] output_mask)"
+    " -> (Tensor, Tensor[], Tensor[], Tensor, Tensor[])"
+)
+LOG_PROB = define(f"clustered_log_prob(Tensor input, {WEIGHTS}) -> Tensor")
+SCORE = define(f"clustered_score(Tensor input, Tensor items, {WEIGHTS}) -> Tensor")
+
+
+class Weights(NamedTuple):
+    """The parameters of a clustered softmax, in the order in which every op takes them.
+
+    weights: W_0 (k_0 + n - 1, d_0), the items of cluster 0 and then one parent label per tail, and W_j (k_j, d_j).
+    projections: Q_j (d_j, d) for the clusters with d_j < d, in order.
+    head_bias: (k_0 + n - 1,) or None. tail_biases: one (k_j,) per tail, or empty.
+    """
+
+    weights: Sequence[Tensor]
+    projections: Sequence[Tensor] = ()
+    head_bias: Tensor | None = None
+    tail_biases: Sequence[Tensor] = ()
+
+    @property
+    def num_items(self) -> int:
+        """K: all rows but the parent labels."""
+        return int(sum(weight.shape[0] for weight in self.weights)) - len(self.weights) + 1
+
+    def args(self) -> tuple[list[Tensor], list[Tensor], Tensor | None, list[Tensor]]:
+        """As the ops take them."""
+        return list(self.weights), list(self.projections), self.head_bias, list(self.tail_biases)
+
+
+# Implementations
+
+
+def check_weights(input: Tensor, weights: Weights) -> None:
+    """Check shapes, dtypes and devices of an input (T, d) and the parameters of a clustered softmax."""
+    width = check_factors(weights.weights, weights.projections, "weights")
+    torch._check_value(
+        input.dim() == 2 and input.shape[1] == width,
+        lambda: f"input must be (..., {width}), as wide as the weights, got {tuple(input.shape)}",
+    )
+    num_tails = len(weights.weights) - 1
+    torch._check_value(
+        weights.weights[0].shape[0] > num_tails,
+        lambda: f"weights[0] has {weights.weights[0].shape[0]} rows: {num_tails} parent labels leave no item in the head",
+    )
+    biases = list(weights.tail_biases)
+    torch._check_value(
+        len(biases) in (0, num_tails), lambda: f"{len(biases)} tail biases were given for {num_tails} tail clusters"
+    )
+    named = [(f"tail_biases[{j}]", bias, weights.weights[j + 1]) for j, bias in enumerate(biases)]
+    if weights.head_bias is not None:
+        named.insert(0, ("head_bias", weights.head_bias, weights.weights[0]))
+    for name, bias, weight in named:
+        torch._check_value(
+            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
+            lambda n=name, b=bias, w=weight: f"{n} must be ({w.shape[0]},), got {tuple(b.shape)}",
+        )
+    check_same_kind([weights.weights[0], input, *(bias for _, bias, _ in named)], "weights")
+
+
+def check_rows(rows: Tensor, input: Tensor, name: str, dim: int) -> None:
+    """Check an int64 tensor that has one row (or entry) per row of ``input``."""
+    check_integers(rows, name)
+    torch._check_value(
+        rows.dim() == dim and rows.shape[0] == input.shape[0],
+        lambda: f"{name} must have one {'entry' if dim == 1 else 'row'} per row of input, got shapes {tuple(rows.shape)} and {tuple(input.shape)}",
+    )
+    torch._check_value(rows.device == input.device, lambda: f"{name} is on {rows.device}, input on {input.device}")
+
+
+def _check(input: Tensor, target: Tensor, *args: Any) -> None:
+    *weights, _ignore_index = args
+    check_weights(input, Weights(*weights))
+    check_rows(target, input, "target", dim=1)
+
+
+def _check_values(input: Tensor, target: Tensor, *args: Any) -> None:
+    *weights, ignore_index = args
+    check_ids(target, Weights(*weights).num_items, "target", allowed=ignore_index)
+
+
+def _check_score(input: Tensor, items: Tensor, *weights: Any) -> None:
+    check_weights(input, Weights(*weights))
+    check_rows(items, input, "items", dim=2)
+
+
+def _unchecked(*args: Any) -> None:
+    """For what only a checked forward can call."""
+
+
+_backend.register(FORWARD, _backend.reference(ref.clustered_softmax))
+_backend.register(BACKWARD, _backend.reference(ref.clustered_softmax_backward))
+_backend.register(SCORE, _backend.reference(ref.clustered_score))
+implement(FORWARD, _check, _check_values, anchor=0)
+implement(BACKWARD, _unchecked, _unchecked, anchor=2)
+implement(
+    SCORE,
+    _check_score,
+    lambda input, items, *weights: check_ids(items, Weights(*weights).num_items, "items"),
+    anchor=0,
+)
+
+
+def _log_prob(input: Tensor, *weights: Any) -> Tensor:
+    check_weights(input, Weights(*weights))
+    return ref.clustered_log_prob(input, *weights)
+
+
+# It materialises (T, K) by definition and is made of torch's own ops: they bring derivative, fake and autocast along.
+LIBRARY.impl(LOG_PROB, _log_prob, "CompositeImplicitAutograd")
+
+# Fake
+
+
+def _fake(input: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(input, target, *args)
+    log_prob, uniform, lse_head, lse_tail = (
+        torch.empty_like(target, dtype=accumulate_dtype(input.dtype), memory_format=torch.contiguous_format)
+        for _ in range(4)
+    )
+    return log_prob, uniform, lse_head, lse_tail
+
+
+def _fake_backward(
+    grad_log_prob: Tensor, grad_uniform: Tensor, input: Tensor, target: Tensor, *args: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, list[Tensor]]:
+    weights, projections, head_bias, tail_biases, _, _, _, output_mask = args
+    want_input, want_weights, want_projections, want_head_bias, want_tail_biases = output_mask
+
+    def like(tensor: Tensor | None, want: bool) -> Tensor:
+        if tensor is None or not want:
+            return input.new_empty(0)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    return (
+        like(input, want_input),
+        [like(weight, True) for weight in weights] if want_weights else [],
+        [like(projection, True) for projection in projections] if want_projections else [],
+        like(head_bias, want_head_bias),
+        [like(bias, True) for bias in tail_biases] if want_tail_biases else [],
+    )
+
+
+def _fake_score(input: Tensor, items: Tensor, *weights: Any) -> Tensor:
+    _check_score(input, items, *weights)
+    return torch.empty_like(items, dtype=accumulate_dtype(input.dtype), memory_format=torch.contiguous_format)
+
+
+fake(FORWARD, _fake)
+fake(BACKWARD, _fake_backward)
+fake(SCORE, _fake_score)
+
+# Autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, target, weights, projections, head_bias, tail_biases, ctx.ignore_index = inputs
+    _, _, lse_head, lse_tail = output
+    ctx.mark_non_differentiable(lse_head, lse_tail)
+    ctx.counts = len(weights), len(projections), len(tail_biases)
+    ctx.save_for_backward(input, target, lse_head, lse_tail, head_bias, *weights, *projections, *tail_biases)
+
+
+def _backward(ctx: Any, grad_log_prob: Tensor, grad_uniform: Tensor, _head: Tensor, _tail: Tensor) -> tuple[Any, ...]:
+    input, target, lse_head, lse_tail, head_bias, *rest = ctx.saved_tensors
+    num_weights, num_projections, _ = ctx.counts
+    weights, projections = rest[:num_weights], rest[num_weights : num_weights + num_projections]
+    tail_biases = rest[num_weights + num_projections :]
+    need_input, _, need_weights, need_projections, need_head_bias, need_tail_biases, _ = ctx.needs_input_grad
+    mask = [need_input, any(need_weights), any(need_projections), need_head_bias, any(need_tail_biases)]
+    d_input, d_weights, d_projections, d_head_bias, d_tail_biases = torch.ops.cprec.clustered_softmax_backward(
+        grad_log_prob, grad_uniform, input, target, weights, projections, head_bias, tail_biases,
+        lse_head, lse_tail, ctx.ignore_index, mask,
+    )  # fmt: skip
+    return (
+        d_input if need_input else None,
+        None,
+        keep(d_weights, need_weights),
+        keep(d_projections, need_projections),
+        d_head_bias if need_head_bias else None,
+        keep(d_tail_biases, need_tail_biases),
+        None,
+    )
+
+
+autograd(FORWARD, _backward, _setup_context)
+
+# Autocast
+
+
+def _autocast(overload: Any, dtype: torch.dtype, *args: Any) -> Any:
+    # Results stay in fp32: the op sums in fp32 whatever the inputs are.
+    return overload(*[cast_floating(arg, dtype) for arg in args])
+
+
+autocast(FORWARD, _autocast)
+autocast(SCORE, _autocast)
+
+# Public
+
+
+def _rows(input: Tensor) -> Tensor:
+    if input.dim() < 1:
+        raise ValueError("input must be (..., d), got a scalar")
+    return input.reshape(-1, input.shape[-1])
+
+
+def _check_leading(tensor: Tensor, input: Tensor, name: str, extra: int) -> None:
+    # A plain branch, not torch._check_value: this runs under Dynamo, which takes no closure over tensors.
+    if tensor.dim() != input.dim() - 1 + extra or tensor.shape[: tensor.dim() - extra] != input.shape[:-1]:
+        wanted = (*input.shape[:-1], *["c"] * extra)
+        raise ValueError(f"{name} must be {wanted} to go with input {tuple(input.shape)}, got {tuple(tensor.shape)}")
+
+
+def clustered_target_log_prob(
+    input: Tensor, target: Tensor, weights: Weights, *, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every target, and the term that label smoothing mixes in; both (...) in fp32 or wider.
+
+    The second is the sum over the token's levels (the head; the target's tail, if it has one) of the mean
+    log-probability of the level's entries. Ignored tokens give 0 in both. Arguments as
+    :func:`clustered_cross_entropy`.
+    """
+    _check_leading(target, input, "target", 0)
+    log_prob, uniform, _, _ = torch.ops.cprec.clustered_softmax(
+        _rows(input), target.reshape(-1), *weights.args(), ignore_index
+    )
+    return log_prob.reshape(target.shape), uniform.reshape(target.shape)
+
+
+def check_loss_options(reduction: str, label_smoothing: float) -> None:
+    """Raise ValueError for an unknown reduction or a smoothing outside [0, 1]."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def reduce_loss(
+    log_prob: Tensor, uniform: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    """The loss from :func:`clustered_target_log_prob`'s results; arguments as :func:`clustered_cross_entropy`."""
+    check_loss_options(reduction, label_smoothing)
+    loss = -log_prob if label_smoothing == 0 else -(1 - label_smoothing) * log_prob - label_smoothing * uniform
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    # A batch without a counted token has mean loss 0, not NaN: one empty shard must not poison a run.
+    return loss.sum() / (target != ignore_index).sum().clamp(min=1)
+
+
+def clustered_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weights: Weights,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross entropy of a two-level clustered softmax (CpRec, arXiv 2004.13139, eq. 6-8).
+
+    Evaluates the head for every counted token and, for a token whose target lies in a tail, that tail alone.
+
+    Args:
+        input: (..., d) hidden states h, in the dtype of the weights (any mix under autocast).
+        target: (...) int64, each in 0..num_items-1 or ``ignore_index``.
+        weights: the parameters; see :class:`Weights`.
+        ignore_index: targets of this value count for nothing.
+        reduction: "none" gives (...), "sum" a scalar, "mean" the sum over the number of counted tokens (0 when there
+            are none).
+        label_smoothing: epsilon in [0, 1], applied at each level on its own: the level's target distribution is
+            (1 - epsilon) onehot + epsilon / C over its C entries, so that the loss of a tail token is smoothed in the
+            head (k_0 + n - 1 entries) and in its tail (k_j entries), that of a head token in the head.
+
+    Returns:
+        The loss, in fp32 (fp64 for fp64).
+
+    Raises:
+        IndexError: a target out of range, with its place.
+        TypeError: target not int64, mixed dtypes.
+        ValueError: shapes that do not fit together, an unknown reduction, smoothing outside [0, 1].
+    """
+    log_prob, uniform = clustered_target_log_prob(input, target, weights, ignore_index=ignore_index)
+    return reduce_loss(log_prob, uniform, target, ignore_index, reduction, label_smoothing)
+
+
+def clustered_log_prob(input: Tensor, weights: Weights) -> Tensor:
+    """Log-probabilities of all items: (..., num_items) for input (..., d), in fp32 or wider. Differentiable.
+
+    This is the one function that holds a row of the whole catalogue per input row; for the best items use
+    :func:`clustered_topk`, for given ones :func:`clustered_score`.
+    """
+    out: Tensor = torch.ops.cprec.clustered_log_prob(_rows(input), *weights.args())
+    return out.reshape(*input.shape[:-1], weights.num_items)
+
+
+def clustered_score(input: Tensor, items: Tensor, weights: Weights) -> Tensor:
+    """Log-probabilities of given items, for re-ranking: (..., c) for input (..., d) and items (..., c) int64.
+
+    Reads a tail only for rows that name one of its items. Not differentiable.
+
+    Raises:
+        IndexError: an item out of range, with its place.
+        TypeError: items not int64, mixed dtypes.
+        ValueError: shapes that do not fit together.
+    """
+    _check_leading(items, input, "items", 1)
+    with torch.no_grad():
+        out: Tensor = torch.ops.cprec.clustered_score(
+            _rows(input), items.reshape(-1, items.shape[-1]), *weights.args()
+        )
+    return out.reshape(items.shape)

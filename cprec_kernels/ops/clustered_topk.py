@@ -1,0 +1,184 @@
+"""``cprec::clustered_topk`` (the exact best items) and ``cprec::clustered_rank`` (the place of a target)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from ..reference import clustered_topk as ref
+from ..reference.common import accumulate_dtype
+from ._library import autocast, cast_floating, check_ids, check_integers, define, fake, implement
+from .clustered_softmax import WEIGHTS, Weights, _check_leading, _rows, check_rows, check_weights
+
+# Schema
+
+TOPK = define(
+    f"clustered_topk(Tensor input, int k, {WEIGHTS}, Tensor? exclude, Tensor? exclude_offsets, Tensor? candidates)"
+    " -> (Tensor, Tensor)"
+)
+RANK = define(f"clustered_rank(Tensor input, Tensor target, {WEIGHTS}) -> Tensor")
+
+# Implementations
+
+
+def _check_topk(input: Tensor, k: int, *args: Any) -> None:
+    *weights, exclude, exclude_offsets, candidates = args
+    packed = Weights(*weights)
+    check_weights(input, packed)
+    num_items = packed.num_items
+    torch._check_value(0 <= k <= num_items, lambda: f"k = {k} is outside 0..{num_items} (num_items)")
+    if exclude is not None and exclude_offsets is None:
+        check_rows(exclude, input, "exclude", dim=2)
+    if exclude_offsets is not None:
+        torch._check_value(exclude is not None, lambda: "exclude offsets were given without items")
+        check_integers(exclude, "exclude items")
+        check_integers(exclude_offsets, "exclude offsets")
+        torch._check_value(
+            exclude.dim() == 1 and exclude_offsets.dim() == 1 and exclude_offsets.shape[0] == input.shape[0] + 1,
+            lambda: "exclude as (offsets, items) needs 1-D tensors and one offset more than input rows, got "
+            f"{tuple(exclude_offsets.shape)} and {tuple(exclude.shape)} for {input.shape[0]} rows",
+        )
+    if candidates is not None:
+        check_integers(candidates, "candidates")
+        torch._check_value(candidates.dim() == 1, lambda: f"candidates must be 1-D, got {tuple(candidates.shape)}")
+
+
+def _check_topk_values(input: Tensor, k: int, *args: Any) -> None:
+    *weights, exclude, exclude_offsets, candidates = args
+    num_items = Weights(*weights).num_items
+    _check_finite(input)
+    if candidates is not None:
+        check_ids(candidates, num_items, "candidates")
+    if exclude is not None:
+        check_ids(exclude.clamp(min=0), num_items, "exclude")
+    if exclude_offsets is not None and exclude_offsets.device.type == "cpu":
+        ends = int(exclude_offsets[0]), int(exclude_offsets[-1])
+        ascending = bool((exclude_offsets.diff() >= 0).all())
+        if ends != (0, exclude.shape[0]) or not ascending:
+            raise ValueError(
+                f"exclude offsets must ascend from 0 to the number of items {exclude.shape[0]}, got {ends[0]}..{ends[1]}"
+                f"{'' if ascending else ', not ascending'}"
+            )
+
+
+def _check_finite(input: Tensor) -> None:
+    if input.device.type != "cpu" or input.numel() == 0:
+        return
+    bad = ~input.isfinite().all(1)
+    if bad.any():
+        raise ValueError(f"input row {int(bad.nonzero()[0])} holds NaN or inf: scores cannot be ordered")
+
+
+def _check_rank(input: Tensor, target: Tensor, *weights: Any) -> None:
+    check_weights(input, Weights(*weights))
+    check_rows(target, input, "target", dim=1)
+
+
+def _check_rank_values(input: Tensor, target: Tensor, *weights: Any) -> None:
+    _check_finite(input)
+    check_ids(target, Weights(*weights).num_items, "target")
+
+
+_backend.register(TOPK, _backend.reference(ref.clustered_topk))
+_backend.register(RANK, _backend.reference(ref.clustered_rank))
+implement(TOPK, _check_topk, _check_topk_values, anchor=0)
+implement(RANK, _check_rank, _check_rank_values, anchor=0)
+
+# Fake
+
+
+def _fake_topk(input: Tensor, k: int, *args: Any) -> tuple[Tensor, Tensor]:
+    _check_topk(input, k, *args)
+    shape = (input.shape[0], k)
+    return input.new_empty(shape, dtype=accumulate_dtype(input.dtype)), input.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_rank(input: Tensor, target: Tensor, *weights: Any) -> Tensor:
+    _check_rank(input, target, *weights)
+    return torch.empty_like(target, memory_format=torch.contiguous_format)
+
+
+fake(TOPK, _fake_topk)
+fake(RANK, _fake_rank)
+
+# Autocast
+
+
+def _autocast(overload: Any, dtype: torch.dtype, *args: Any) -> Any:
+    return overload(*[cast_floating(arg, dtype) for arg in args])
+
+
+autocast(TOPK, _autocast)
+autocast(RANK, _autocast)
+
+# Public
+
+Exclude = Tensor | tuple[Tensor, Tensor]
+
+
+def clustered_topk(
+    input: Tensor,
+    k: int,
+    weights: Weights,
+    *,
+    exclude: Exclude | None = None,
+    candidates: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k most probable items of every row, exact: the same ids as sorting the whole log-probability.
+
+    Args:
+        input: (..., d) hidden states.
+        k: 0..num_items.
+        weights: the parameters; see :class:`Weights`.
+        exclude: items never to return, per row: padded (..., m) int64 whose negative entries are skipped, or
+            ``(offsets, items)`` in CSR form, offsets (rows + 1,) ascending from 0, rows numbered as in the flattened
+            input.
+        candidates: (c,) int64, the only items to choose from.
+
+    Returns:
+        scores (..., k) log-probabilities, descending, in fp32 or wider, and items (..., k) int64; ties by smaller id.
+        Where fewer than k items are left, the rest of the row is -inf and -1.
+
+    Raises:
+        IndexError: an excluded or candidate item out of range.
+        TypeError: ids not int64, mixed dtypes.
+        ValueError: k out of range, shapes that do not fit, NaN or inf in the input, NaN scores.
+    """
+    offsets: Tensor | None = None
+    if isinstance(exclude, Tensor):
+        _check_leading(exclude, input, "exclude", 1)
+        exclude = exclude.reshape(-1, exclude.shape[-1])
+    elif exclude is not None:
+        offsets, exclude = exclude
+    with torch.no_grad():
+        scores, items = torch.ops.cprec.clustered_topk(_rows(input), k, *weights.args(), exclude, offsets, candidates)
+    shape = (*input.shape[:-1], k)
+    return scores.reshape(shape), items.reshape(shape)
+
+
+def clustered_rank(input: Tensor, target: Tensor, weights: Weights) -> Tensor:
+    """0-based place of every target among all items: how many score higher, or the same with a smaller id.
+
+    HR@N is ``rank < N``, NDCG@N ``1 / log2(rank + 2)`` and MRR@N ``1 / (rank + 1)`` where ``rank < N``. Holds no
+    (rows, num_items) tensor.
+
+    Args:
+        input: (..., d) hidden states.
+        target: (...) int64, each in 0..num_items-1.
+        weights: the parameters; see :class:`Weights`.
+
+    Returns:
+        (...) int64.
+
+    Raises:
+        IndexError: a target out of range, with its place.
+        TypeError: target not int64, mixed dtypes.
+        ValueError: shapes that do not fit together, NaN or inf in the input, NaN scores.
+    """
+    _check_leading(target, input, "target", 0)
+    with torch.no_grad():
+        out: Tensor = torch.ops.cprec.clustered_rank(_rows(input), target.reshape(-1), *weights.args())
+    return out.reshape(target.shape)

@@ -1,0 +1,174 @@
+"""How a catalogue is cut into frequency clusters: the one truth on sizes, ranks and offsets.
+
+Items are numbered 0..num_items-1 by falling training frequency. ``cutoffs`` split them into n = len(cutoffs) + 1
+contiguous clusters; cluster j holds k_j items and stores them in d_j = ``ranks[j]`` columns (CpRec, arXiv 2004.13139,
+section 3.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_CLUSTERS = 8
+
+
+def _as_int(value: Any, name: str) -> int:
+    """``value`` as an int; floats, strings and bools are refused with ``name`` in the message."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got the bool {value}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """Clusters of a catalogue sorted by frequency.
+
+    Args:
+        num_items: number of items, K >= 1.
+        cutoffs: first item of every cluster but the first, ascending, each in 1..num_items-1. As in
+            ``torch.nn.AdaptiveLogSoftmaxWithLoss``, without ``num_items`` at the end. Empty for one cluster.
+        ranks: columns stored per item in every cluster, one more than ``cutoffs``, not increasing, each in
+            1..embedding_dim. A cluster whose rank is ``embedding_dim`` has no projection.
+        embedding_dim: width d of the model.
+
+    Raises:
+        TypeError: a value is not an integer.
+        ValueError: a value breaks one of the rules above; the message names it.
+
+    Example:
+        >>> partition = Partition(1000, cutoffs=[50, 200], ranks=[64, 16, 4], embedding_dim=64)
+        >>> partition.sizes
+        (50, 150, 800)
+    """
+
+    num_items: int
+    cutoffs: tuple[int, ...]
+    ranks: tuple[int, ...]
+    embedding_dim: int
+
+    def __init__(self, num_items: int, cutoffs: Sequence[int], ranks: Sequence[int], embedding_dim: int) -> None:
+        num_items = _as_int(num_items, "num_items")
+        embedding_dim = _as_int(embedding_dim, "embedding_dim")
+        cutoffs = tuple(_as_int(cutoff, f"cutoffs[{i}]") for i, cutoff in enumerate(cutoffs))
+        ranks = tuple(_as_int(rank, f"ranks[{j}]") for j, rank in enumerate(ranks))
+        if num_items < 1:
+            raise ValueError(f"num_items must be at least 1, got {num_items}")
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim must be at least 1, got {embedding_dim}")
+        if len(cutoffs) >= MAX_CLUSTERS:
+            raise ValueError(
+                f"at most {MAX_CLUSTERS} clusters are supported, got {len(cutoffs)} cutoffs ({len(cutoffs) + 1} clusters)"
+            )
+        for i, cutoff in enumerate(cutoffs):
+            if not 0 < cutoff < num_items:
+                raise ValueError(
+                    f"cutoffs[{i}] = {cutoff} is outside 1..{num_items - 1} (num_items is {num_items} and is not a cutoff)"
+                )
+            if i and cutoff <= cutoffs[i - 1]:
+                raise ValueError(f"cutoffs must be ascending, but cutoffs[{i}] = {cutoff} follows {cutoffs[i - 1]}")
+        if len(ranks) != len(cutoffs) + 1:
+            raise ValueError(
+                f"{len(cutoffs)} cutoffs make {len(cutoffs) + 1} clusters, which need as many ranks; got {len(ranks)}: {ranks}"
+            )
+        for j, rank in enumerate(ranks):
+            if not 1 <= rank <= embedding_dim:
+                raise ValueError(f"ranks[{j}] = {rank} is outside 1..{embedding_dim} (embedding_dim)")
+            if j and rank > ranks[j - 1]:
+                raise ValueError(
+                    f"ranks must not increase, but ranks[{j}] = {rank} follows {ranks[j - 1]}: rarer items get fewer columns"
+                )
+        object.__setattr__(self, "num_items", num_items)
+        object.__setattr__(self, "cutoffs", cutoffs)
+        object.__setattr__(self, "ranks", ranks)
+        object.__setattr__(self, "embedding_dim", embedding_dim)
+
+    @classmethod
+    def single(cls, num_items: int, embedding_dim: int) -> Partition:
+        """One cluster at full rank: a plain embedding table and a plain softmax, the uncompressed twin."""
+        return cls(num_items, (), (embedding_dim,), embedding_dim)
+
+    @classmethod
+    def from_fractions(
+        cls, num_items: int, fractions: Sequence[float], ranks: Sequence[int], embedding_dim: int
+    ) -> Partition:
+        """Cut at fractions of the catalogue, e.g. ``(0.05, 0.2)``: the most frequent 5%, the next 15% and the rest.
+
+        Args:
+            fractions: ascending, each strictly between 0 and 1. A cutoff is ``round(fraction * num_items)``; cutoffs
+                that fall together in a small catalogue are an error, as everywhere.
+        """
+        for i, fraction in enumerate(fractions):
+            if not 0.0 < fraction < 1.0:
+                raise ValueError(f"fractions[{i}] = {fraction} is outside (0, 1)")
+        return cls(num_items, [round(fraction * num_items) for fraction in fractions], ranks, embedding_dim)
+
+    @property
+    def num_clusters(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First item of every cluster, then ``num_items``: length n + 1."""
+        return (0, *self.cutoffs, self.num_items)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Items per cluster, k_j."""
+        bounds = self.offsets
+        return tuple(hi - lo for lo, hi in zip(bounds, bounds[1:], strict=False))
+
+    @property
+    def head_size(self) -> int:
+        """Rows of the head's weight: the items of cluster 0 and one parent label per tail cluster, k_0 + n - 1."""
+        return self.sizes[0] + self.num_clusters - 1
+
+    @property
+    def projected(self) -> tuple[int, ...]:
+        """Clusters whose rank is below ``embedding_dim``: those that have a projection."""
+        return tuple(j for j, rank in enumerate(self.ranks) if rank < self.embedding_dim)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of a block embedding: sum_j k_j d_j, and d_j d where there is a projection."""
+        tables = sum(size * rank for size, rank in zip(self.sizes, self.ranks, strict=True))
+        return tables + sum(self.ranks[j] * self.embedding_dim for j in self.projected)
+
+    def softmax_parameters(self, head_bias: bool = False, tail_bias: bool = False) -> int:
+        """Parameters of a clustered softmax: as the embedding, plus the parent labels and biases."""
+        parents = self.num_clusters - 1
+        biases = self.head_size * head_bias + (self.num_items - self.sizes[0]) * tail_bias
+        return self.embedding_parameters + parents * self.ranks[0] + biases
+
+    def cluster_of(self, item: int) -> int:
+        """Cluster that holds ``item``. Raises IndexError when the item is not in the catalogue."""
+        if not 0 <= item < self.num_items:
+            raise IndexError(f"item {item} is outside 0..{self.num_items - 1}")
+        return sum(item >= cutoff for cutoff in self.cutoffs)
+
+    def with_padding(self) -> Partition:
+        """The same clusters with one more item at the end, ``num_items``, to serve as a padding id of the input."""
+        return Partition(self.num_items + 1, self.cutoffs, self.ranks, self.embedding_dim)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; :meth:`from_dict` reads them back."""
+        return {
+            "num_items": self.num_items,
+            "cutoffs": list(self.cutoffs),
+            "ranks": list(self.ranks),
+            "embedding_dim": self.embedding_dim,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Partition:
+        """A partition from :meth:`to_dict`. Raises ValueError for missing or unknown keys."""
+        expected = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != expected:
+            missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
+            raise ValueError(f"not a partition: missing keys {missing}, unknown keys {unknown}")
+        return cls(**values)

@@ -1,0 +1,12 @@
+// The kernels compiled for one instruction set; CMakeLists.txt gives this file its flags.
+#define CPREC_ISA scalar
+#include "cpu/vec_scalar.h"
+// Vec and CPREC_ISA are set; the loop bodies follow.
+#include "cpu/block_embedding.h"
+#include "cprec/cpu.h"
+
+namespace cprec {
+
+const CpuKernels kScalarKernels = {"scalar", scalar::block_embedding};
+
+}  // namespace cprec

@@ -1,0 +1,58 @@
+// Eight floats: AVX2 with FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "cpu/half.h"
+
+namespace cprec::CPREC_ISA {
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  static constexpr int kColumnVectors = 2;  // 4 rows x 2 vectors: 8 accumulators, enough chains for the FMA latency
+  __m256 v;
+
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const BFloat16* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+  }
+  static Vec load(const Float16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  template <class T>
+  static Vec load_first(const T* p, int n) {
+    T buffer[kWidth] = {};
+    memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+    return load(buffer);
+  }
+
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(BFloat16* p) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  }
+  void store(Float16* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  template <class T>
+  void store_first(T* p, int n) const {
+    T buffer[kWidth];
+    store(buffer);
+    memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+  }
+
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+};
+
+}  // namespace cprec::CPREC_ISA

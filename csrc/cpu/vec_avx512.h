@@ -1,0 +1,55 @@
+// Sixteen floats: AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "cpu/half.h"
+
+namespace cprec::CPREC_ISA {
+
+struct Vec {
+  static constexpr int kWidth = 16;
+  static constexpr int kColumnVectors = 4;  // 4 rows x 4 vectors: 16 accumulators of 32 registers
+  __m512 v;
+
+  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const BFloat16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Vec load(const Float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  static Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  static Vec load_first(const BFloat16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static Vec load_first(const Float16* p, int n) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
+  }
+
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16()); }
+  void store(Float16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16()); }
+  void store_first(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  void store_first(BFloat16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16()); }
+  void store_first(Float16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), narrow_f16()); }
+
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+ private:
+  static Vec widen_bf16(__m256i half) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+  }
+  __m256i narrow_bf16() const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(sum, nan, quiet), 16));
+  }
+  __m256i narrow_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+};
+
+}  // namespace cprec::CPREC_ISA
