@@ -36,10 +36,8 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] | None = None
     available: Callable[[], str] = str  # "" when it can run here, else the reason why not
 
-    def refusal(self, device_type: str, dtype: torch.dtype) -> str:
-        """Why this implementation cannot serve a device and dtype; "" when it can."""
-        if self.device_types is not None and device_type not in self.device_types:
-            return f"{self.backend} serves {', '.join(self.device_types)} tensors, not {device_type}"
+    def refusal(self, dtype: torch.dtype) -> str:
+        """Why this implementation cannot serve its devices in a dtype; "" when it can."""
         missing = self.available()
         if missing:
             return missing
@@ -77,7 +75,7 @@ def _native_symbol(name: str) -> str:
     if _native.STATUS.module is None:
         return _native.STATUS.reason
     if name not in _native.STATUS.module.build_config()["kernels"]:
-        return f"this build of _C has no {name}: {_native.build_info() or {}}"
+        return f"_C was built without {name}, for a torch without CUDA" if "/cuda" in name else f"_C has no {name}"
     return ""
 
 
@@ -101,16 +99,19 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     Raises:
         BackendError: a backend was requested by name and cannot serve this.
     """
+    if _requested not in ("auto", *BACKENDS):
+        raise BackendError(f"CPREC_BACKEND={_requested} is not one of auto, {', '.join(BACKENDS)}")
     refusals = []
     for implementation in _OPS[op]:
-        if _requested not in ("auto", implementation.backend):
+        serves_device = implementation.device_types is None or device_type in implementation.device_types
+        if _requested not in ("auto", implementation.backend) or not serves_device:
             continue
-        refusal = implementation.refusal(device_type, dtype)
+        refusal = implementation.refusal(dtype)
         if not refusal:
             return Choice(implementation, "; ".join(refusals))
         refusals.append(refusal)
-    reasons = "; ".join(refusals) or f"{op} has no {_requested} implementation"
-    raise BackendError(f"backend {_requested!r} was requested and cannot run {op} on {device_type}: {reasons}")
+    reasons = "; ".join(refusals) or f"there is no {_requested} implementation for this device"
+    raise BackendError(f"backend {_requested!r} was asked for and cannot run {op} on {device_type}: {reasons}")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -199,8 +199,8 @@ def block_embedding(
         projections: P_j (d_j, d) for the clusters with d_j < d, in order; d is their width, or that of
             ``embeddings[0]`` when there are none.
         padding_idx: an id whose tokens give no gradient, as in ``torch.nn.functional.embedding``.
-        sparse: give the gradients of ``embeddings`` as coalesced sparse tensors of the touched rows. Their size
-            depends on the data, so this mode trains in eager mode only.
+        sparse: give the gradients of ``embeddings`` as sparse tensors of the touched rows, each once and ascending.
+            Their size depends on the data, so this mode trains in eager mode only.
 
     Returns:
         (..., d) in the dtype of ``embeddings``; in the autocast dtype under autocast.

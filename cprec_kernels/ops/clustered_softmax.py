@@ -343,8 +343,9 @@ def clustered_score(input: Tensor, items: Tensor, weights: Weights) -> Tensor:
         ValueError: shapes that do not fit together.
     """
     _check_leading(items, input, "items", 1)
+    rows = _rows(input)
     with torch.no_grad():
         out: Tensor = torch.ops.cprec.clustered_score(
-            _rows(input), items.reshape(-1, items.shape[-1]), *weights.args()
+            rows, items.reshape(rows.shape[0], items.shape[-1]), *weights.args()
         )
     return out.reshape(items.shape)

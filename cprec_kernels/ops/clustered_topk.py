@@ -147,14 +147,16 @@ def clustered_topk(
         TypeError: ids not int64, mixed dtypes.
         ValueError: k out of range, shapes that do not fit, NaN or inf in the input, NaN scores.
     """
+    rows = _rows(input)
     offsets: Tensor | None = None
     if isinstance(exclude, Tensor):
         _check_leading(exclude, input, "exclude", 1)
-        exclude = exclude.reshape(-1, exclude.shape[-1])
+        # By the number of rows: -1 would be ambiguous for an empty list of exclusions.
+        exclude = exclude.reshape(rows.shape[0], exclude.shape[-1])
     elif exclude is not None:
         offsets, exclude = exclude
     with torch.no_grad():
-        scores, items = torch.ops.cprec.clustered_topk(_rows(input), k, *weights.args(), exclude, offsets, candidates)
+        scores, items = torch.ops.cprec.clustered_topk(rows, k, *weights.args(), exclude, offsets, candidates)
     shape = (*input.shape[:-1], k)
     return scores.reshape(shape), items.reshape(shape)
 

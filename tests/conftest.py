@@ -1,0 +1,60 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cprec_kernels import _native, use_backend
+from cprec_kernels.testing import CASES
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers() -> Iterator[None]:
+    """Every test starts from the same seed; none may leave torch's global switches changed."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    yield
+    after = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    assert after == before
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """torch.empty, in Python and in C++, comes filled with NaN: an element that a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest):
+    return request.param
+
+
+def native_isas() -> list[str]:
+    """Instruction sets that the CPU kernels can be forced to here."""
+    module = _native.STATUS.module
+    return [] if module is None else list(module.available_cpu_isas())
+
+
+def backends() -> list[str]:
+    """Every way to run an op on this machine's CPU: the reference and the native kernels per instruction set."""
+    return ["reference", *(f"native-{isa}" for isa in native_isas())]
+
+
+@pytest.fixture(params=backends())
+def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Ops that have the backend run through it; the rest of the pipeline stays on its default."""
+    name, _, isa = request.param.partition("-")
+    if name == "native":
+        _native.STATUS.module.set_cpu_isa(isa)
+    with use_backend("reference" if name == "reference" else "auto"):
+        yield request.param
+    if name == "native":
+        _native.STATUS.module.set_cpu_isa(os.environ.get("CPREC_CPU_ISA") or "auto")

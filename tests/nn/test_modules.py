@@ -1,0 +1,177 @@
+"""nn.BlockEmbedding and nn.ClusteredSoftmaxWithLoss: torch-like modules around the ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cprec_kernels import Partition
+from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss
+from cprec_kernels.testing import make_ids, make_targets
+
+PARTITION = Partition(5000, [100, 1000], [64, 16, 4], 64)
+
+
+def test_every_cluster_starts_with_the_same_variance():
+    partition = Partition(40_000, [8000, 16_000, 24_000], [64, 32, 8, 2], 64)
+    embedding = BlockEmbedding(partition)
+    for lo, hi in zip(partition.offsets, partition.offsets[1:], strict=False):
+        std = embedding(torch.arange(lo, hi)).std() * 64**0.5
+        # P_j is drawn once: with rank r its 64 r entries leave a relative deviation near (2 / 64 r)^0.5 / 2.
+        assert 0.8 < std < 1.2
+
+
+def test_initial_logits_are_small_and_alike():
+    head = ClusteredSoftmaxWithLoss(64, PARTITION, head_bias=True, tail_bias=True)
+    hidden = torch.randn(200, 64)
+    for level_weight, projection in zip(head.weights, [None, *head.projections], strict=True):
+        z = hidden if projection is None else hidden @ projection.T
+        assert 0.05 < (z @ level_weight.T).std() < 0.2
+    _, loss = head(hidden, torch.full((200,), 4999))
+    expected = torch.log(torch.tensor(102.0)) + torch.log(torch.tensor(4000.0))
+    assert abs(loss - expected) < 0.1
+
+
+def test_padding_embeds_to_zero_and_stays_there():
+    embedding = BlockEmbedding(PARTITION.with_padding(), padding_idx=-1)
+    assert embedding.padding_idx == 5000
+    ids = torch.tensor([[5000, 3, 4999]])
+    out = embedding(ids)
+    assert torch.count_nonzero(out[0, 0]) == 0
+    out.sum().backward()
+    assert torch.count_nonzero(embedding.embeddings[2].grad[-1]) == 0
+    assert torch.count_nonzero(embedding.embeddings[2].grad[-2]) > 0
+
+
+def test_sparse_gradients_feed_sparse_adam():
+    embedding = BlockEmbedding(PARTITION, sparse=True)
+    optimizer = torch.optim.SparseAdam(list(embedding.embeddings), lr=0.1)
+    before = [table.detach().clone() for table in embedding.embeddings]
+    embedding(torch.tensor([1, 500, 4000, 4000])).sum().backward()
+    optimizer.step()
+    for table, old, touched in zip(embedding.embeddings, before, (1, 400, 3000), strict=True):
+        changed = (table != old).any(1).nonzero().flatten()
+        assert changed.tolist() == [touched]
+
+
+def test_forward_gives_output_and_loss(case):
+    head = ClusteredSoftmaxWithLoss(case.partition.embedding_dim, case.partition, head_bias=True)
+    hidden = torch.randn(7, 9, case.partition.embedding_dim)
+    target = make_targets(case.partition)
+    result = head(hidden, target)
+    counted = target != -100
+    torch.testing.assert_close(result.loss, -result.output[counted].mean())
+    assert torch.count_nonzero(result.output[~counted]) == 0
+    output, loss = result
+    assert output.shape == target.shape
+    assert loss.shape == ()
+
+
+def test_search_methods_agree(case):
+    head = ClusteredSoftmaxWithLoss(case.partition.embedding_dim, case.partition)
+    nn.init.normal_(head.weights[0])
+    hidden = torch.randn(5, case.partition.embedding_dim)
+    scores, items = head.topk(hidden, 4)
+    assert torch.equal(head.predict(hidden), items[:, 0])
+    torch.testing.assert_close(head.score(hidden, items), scores)
+    torch.testing.assert_close(head.log_prob(hidden).gather(1, items), scores)
+    assert (head.rank(hidden, items[:, 3]) == 3).all()
+
+
+def test_state_dict_has_plain_keys_and_round_trips():
+    head = ClusteredSoftmaxWithLoss(64, PARTITION, head_bias=True, tail_bias=True)
+    assert list(head.state_dict()) == [
+        "head_bias", "weights.0", "weights.1", "weights.2", "projections.0", "projections.1",
+        "tail_biases.0", "tail_biases.1",
+    ]  # fmt: skip
+    embedding = BlockEmbedding(PARTITION)
+    assert list(embedding.state_dict()) == [
+        "embeddings.0", "embeddings.1", "embeddings.2", "projections.0", "projections.1",
+    ]  # fmt: skip
+    other = BlockEmbedding(PARTITION)
+    other.load_state_dict(embedding.state_dict())
+    ids = make_ids(PARTITION)
+    assert torch.equal(other(ids), embedding(ids))
+    assert sum(p.numel() for p in embedding.parameters()) == PARTITION.embedding_parameters
+    assert sum(p.numel() for p in head.parameters()) == PARTITION.softmax_parameters(True, True)
+
+
+def test_modules_move_and_convert():
+    head = ClusteredSoftmaxWithLoss(64, PARTITION, dtype=torch.float64)
+    assert head.weights[0].dtype == torch.float64
+    assert head.to(torch.bfloat16).weights[2].dtype == torch.bfloat16
+    assert BlockEmbedding(PARTITION, device="meta").embeddings[0].is_meta
+
+
+def test_meta_tensors_give_shapes():
+    embedding = BlockEmbedding(PARTITION, device="meta")
+    head = ClusteredSoftmaxWithLoss(64, PARTITION, device="meta")
+    ids = torch.zeros(3, 4, dtype=torch.int64, device="meta")
+    hidden = embedding(ids)
+    assert hidden.shape == (3, 4, 64)
+    assert head(hidden, ids).output.shape == (3, 4)
+    assert head.topk(hidden[:, -1], 7)[1].shape == (3, 7)
+
+
+def test_repr_says_what_matters():
+    text = repr(BlockEmbedding(PARTITION, padding_idx=3, sparse=True))
+    assert "cutoffs=[100, 1000]" in text
+    assert "padding_idx=3" in text
+    assert "sparse=True" in text
+    text = repr(ClusteredSoftmaxWithLoss(64, PARTITION, label_smoothing=0.1, reduction="sum", ignore_index=-1))
+    assert "ranks=[64, 16, 4]" in text
+    assert "label_smoothing=0.1" in text
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match=r"must be a cprec_kernels.Partition, got int"):
+        BlockEmbedding(5000)
+    with pytest.raises(ValueError, match="padding_idx = 5000 is outside"):
+        BlockEmbedding(PARTITION, padding_idx=5000)
+    with pytest.raises(ValueError, match="in_features = 32, but the partition's embedding_dim is 64"):
+        ClusteredSoftmaxWithLoss(32, PARTITION)
+    with pytest.raises(ValueError, match="reduction must be"):
+        ClusteredSoftmaxWithLoss(64, PARTITION, reduction="median")
+    with pytest.raises(ValueError, match="ignore_index = 0 is an item"):
+        ClusteredSoftmaxWithLoss(64, PARTITION, ignore_index=0)
+    with pytest.raises(NotImplementedError, match="storage='int8'"):
+        ClusteredSoftmaxWithLoss(64, PARTITION).topk(torch.randn(1, 64), 1, storage="int8")
+
+
+def test_a_step_compiles_and_exports_whole():
+    embedding, head = BlockEmbedding(PARTITION), ClusteredSoftmaxWithLoss(64, PARTITION)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = embedding, head
+
+        def forward(self, ids, target):
+            hidden = self.embedding(ids)
+            output, loss = self.head(hidden, target)
+            return output, loss, self.head.predict(hidden), *self.head.topk(hidden[:, -1], 3)
+
+    model = Model()
+    ids, target = make_ids(PARTITION), make_targets(PARTITION)
+    expected = model(ids, target)
+    for a, b in zip(torch.compile(model, fullgraph=True)(ids, target), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model, (ids, target), dynamic_shapes=({0: batch}, {0: batch}))
+    for a, b in zip(program.module()(ids[:3], target[:3]), model(ids[:3], target[:3]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_training_lowers_the_loss():
+    embedding, head = BlockEmbedding(PARTITION), ClusteredSoftmaxWithLoss(64, PARTITION, head_bias=True)
+    optimizer = torch.optim.Adam([*embedding.parameters(), *head.parameters()], lr=0.05)
+    ids, target = make_ids(PARTITION, (200,)), make_ids(PARTITION, (200,), seed=3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = head(embedding(ids) * 8, target).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
