@@ -57,7 +57,9 @@ def missing_tool(mode: str) -> str:
         if find_nvcc() is None:
             return "CPREC_BUILD=cuda needs nvcc; install the CUDA toolkit, or name nvcc with CUDACXX or CUDA_HOME"
         if torch.version.cuda is None:
-            return f"CPREC_BUILD=cuda needs a torch with CUDA, and torch {torch.__version__} has none; install one first"
+            return (
+                f"CPREC_BUILD=cuda needs a torch with CUDA, and torch {torch.__version__} has none; install one first"
+            )
     return ""
 
 

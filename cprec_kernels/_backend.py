@@ -71,7 +71,7 @@ def ops() -> tuple[str, ...]:
 
 @functools.cache
 def _native_symbol(name: str) -> str:
-    """"" when the compiled module has the kernel ``name``, else why not."""
+    """ "" when the compiled module has the kernel ``name``, else why not."""
     if _native.STATUS.module is None:
         return _native.STATUS.reason
     if name not in _native.STATUS.module.build_config()["kernels"]:
@@ -101,7 +101,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     """
     if _requested not in ("auto", *BACKENDS):
         raise BackendError(f"CPREC_BACKEND={_requested} is not one of auto, {', '.join(BACKENDS)}")
-    refusals = []
+    refusals: list[str] = []
     for implementation in _OPS[op]:
         serves_device = implementation.device_types is None or device_type in implementation.device_types
         if _requested not in ("auto", implementation.backend) or not serves_device:

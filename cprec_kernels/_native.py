@@ -56,7 +56,9 @@ def load(info: dict[str, Any] | None, import_module: Any = importlib.import_modu
         fits = False
     if not fits:
         return NativeStatus(
-            None, f"_C was built for torch {built_for}, this is torch {torch.__version__}; rebuild it with `{_REBUILD}`", False
+            None,
+            f"_C was built for torch {built_for}, this is torch {torch.__version__}; rebuild it with `{_REBUILD}`",
+            False,
         )
     try:
         return NativeStatus(import_module("cprec_kernels._C"), "", False)

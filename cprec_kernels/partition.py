@@ -8,6 +8,7 @@ section 3.2).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -121,7 +122,7 @@ class Partition:
     def sizes(self) -> tuple[int, ...]:
         """Items per cluster, k_j."""
         bounds = self.offsets
-        return tuple(hi - lo for lo, hi in zip(bounds, bounds[1:], strict=False))
+        return tuple(hi - lo for lo, hi in itertools.pairwise(bounds))
 
     @property
     def head_size(self) -> int:

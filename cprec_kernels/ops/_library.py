@@ -113,7 +113,9 @@ def check_factors(tables: Sequence[Tensor], projections: Sequence[Tensor], name:
     """
     torch._check_value(len(tables) > 0, lambda: f"{name} must hold at least one table")
     for j, table in enumerate(tables):
-        torch._check_value(table.dim() == 2, lambda j=j, t=table: f"{name}[{j}] must be 2-D, got shape {tuple(t.shape)}")
+        torch._check_value(
+            table.dim() == 2, lambda j=j, t=table: f"{name}[{j}] must be 2-D, got shape {tuple(t.shape)}"
+        )
     for i, projection in enumerate(projections):
         torch._check_value(
             projection.dim() == 2, lambda i=i, p=projection: f"projections[{i}] must be 2-D, got shape {tuple(p.shape)}"
@@ -129,18 +131,24 @@ def check_factors(tables: Sequence[Tensor], projections: Sequence[Tensor], name:
             continue
         torch._check_value(
             used < len(projections),
-            lambda j=j, r=rank: f"{name}[{j}] has rank {r} below the width {width} and needs a projection; "
-            f"{len(projections)} were given, for the narrower tables in order",
+            lambda j=j, r=rank: (
+                f"{name}[{j}] has rank {r} below the width {width} and needs a projection; "
+                f"{len(projections)} were given, for the narrower tables in order"
+            ),
         )
         shape = tuple(projections[used].shape)
         torch._check_value(
             shape == (rank, width),
-            lambda j=j, r=rank, i=used, s=shape: f"projections[{i}] belongs to {name}[{j}] and must be ({r}, {width}), got {s}",
+            lambda j=j, r=rank, i=used, s=shape: (
+                f"projections[{i}] belongs to {name}[{j}] and must be ({r}, {width}), got {s}"
+            ),
         )
         used += 1
     torch._check_value(
         used == len(projections),
-        lambda: f"{len(projections)} projections were given and {used} are needed: a table of the full width {width} has none",
+        lambda: (
+            f"{len(projections)} projections were given and {used} are needed: a table of the full width {width} has none"
+        ),
     )
     check_same_kind([*tables, *projections], name)
     return width
@@ -155,10 +163,29 @@ def check_same_kind(tensors: Sequence[Tensor], name: str) -> None:
     for tensor in tensors[1:]:
         torch._check_type(
             tensor.dtype == dtype,
-            lambda t=tensor: f"{name}, projections, biases and input must share one dtype, got {dtype} and {t.dtype}; "
-            "convert one, or run under torch.autocast",
+            lambda t=tensor: (
+                f"{name}, projections, biases and input must share one dtype, got {dtype} and {t.dtype}; "
+                "convert one, or run under torch.autocast"
+            ),
         )
         torch._check_value(
             tensor.device == device,
-            lambda t=tensor: f"{name}, projections, biases and input must be on one device, got {device} and {t.device}",
+            lambda t=tensor: (
+                f"{name}, projections, biases and input must be on one device, got {device} and {t.device}"
+            ),
         )
+
+
+def as_rows(input: Tensor) -> Tensor:
+    """Input (..., d) as (rows, d)."""
+    if input.dim() < 1:
+        raise ValueError("input must be (..., d), got a scalar")
+    return input.reshape(-1, input.shape[-1])
+
+
+def check_leading(tensor: Tensor, input: Tensor, name: str, extra: int) -> None:
+    """Raise ValueError unless ``tensor`` has input's leading dimensions, and ``extra`` more."""
+    # A plain branch, not torch._check_value: this runs under Dynamo, which takes no closure over tensors.
+    if tensor.dim() != input.dim() - 1 + extra or tensor.shape[: tensor.dim() - extra] != input.shape[:-1]:
+        wanted = (*input.shape[:-1], *["c"] * extra)
+        raise ValueError(f"{name} must be {wanted} to go with input {tuple(input.shape)}, got {tuple(tensor.shape)}")

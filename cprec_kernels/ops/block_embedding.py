@@ -15,8 +15,7 @@ from ._library import autocast, autograd, check_factors, check_ids, check_intege
 # Schema
 
 FORWARD = define(
-    "block_embedding(Tensor ids, Tensor[] embeddings, Tensor[] projections, int? padding_idx, bool sparse)"
-    " -> Tensor"
+    "block_embedding(Tensor ids, Tensor[] embeddings, Tensor[] projections, int? padding_idx, bool sparse) -> Tensor"
 )
 BACKWARD = define(
     "block_embedding_backward(Tensor grad, Tensor ids, Tensor[] embeddings, Tensor[] projections, int? padding_idx,"
@@ -161,7 +160,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def keep(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
     """The gradients that were asked for, None in the other places; ``gradients`` is empty when none were."""
-    return [gradient if need else None for gradient, need in zip(gradients or [None] * len(needed), needed, strict=True)]
+    if not gradients:
+        return [None] * len(needed)
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 
 autograd(FORWARD, _backward, _setup_context)

@@ -13,12 +13,14 @@ from ..reference import clustered_softmax as ref
 from ..reference.common import accumulate_dtype
 from ._library import (
     LIBRARY,
+    as_rows,
     autocast,
     autograd,
     cast_floating,
     check_factors,
     check_ids,
     check_integers,
+    check_leading,
     check_same_kind,
     define,
     fake,
@@ -77,7 +79,9 @@ def check_weights(input: Tensor, weights: Weights) -> None:
     num_tails = len(weights.weights) - 1
     torch._check_value(
         weights.weights[0].shape[0] > num_tails,
-        lambda: f"weights[0] has {weights.weights[0].shape[0]} rows: {num_tails} parent labels leave no item in the head",
+        lambda: (
+            f"weights[0] has {weights.weights[0].shape[0]} rows: {num_tails} parent labels leave no item in the head"
+        ),
     )
     biases = list(weights.tail_biases)
     torch._check_value(
@@ -99,7 +103,9 @@ def check_rows(rows: Tensor, input: Tensor, name: str, dim: int) -> None:
     check_integers(rows, name)
     torch._check_value(
         rows.dim() == dim and rows.shape[0] == input.shape[0],
-        lambda: f"{name} must have one {'entry' if dim == 1 else 'row'} per row of input, got shapes {tuple(rows.shape)} and {tuple(input.shape)}",
+        lambda: (
+            f"{name} must have one {'entry' if dim == 1 else 'row'} per row of input, got shapes {tuple(rows.shape)} and {tuple(input.shape)}"
+        ),
     )
     torch._check_value(rows.device == input.device, lambda: f"{name} is on {rows.device}, input on {input.device}")
 
@@ -235,19 +241,6 @@ autocast(SCORE, _autocast)
 # Public
 
 
-def _rows(input: Tensor) -> Tensor:
-    if input.dim() < 1:
-        raise ValueError("input must be (..., d), got a scalar")
-    return input.reshape(-1, input.shape[-1])
-
-
-def _check_leading(tensor: Tensor, input: Tensor, name: str, extra: int) -> None:
-    # A plain branch, not torch._check_value: this runs under Dynamo, which takes no closure over tensors.
-    if tensor.dim() != input.dim() - 1 + extra or tensor.shape[: tensor.dim() - extra] != input.shape[:-1]:
-        wanted = (*input.shape[:-1], *["c"] * extra)
-        raise ValueError(f"{name} must be {wanted} to go with input {tuple(input.shape)}, got {tuple(tensor.shape)}")
-
-
 def clustered_target_log_prob(
     input: Tensor, target: Tensor, weights: Weights, *, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
@@ -257,9 +250,9 @@ def clustered_target_log_prob(
     log-probability of the level's entries. Ignored tokens give 0 in both. Arguments as
     :func:`clustered_cross_entropy`.
     """
-    _check_leading(target, input, "target", 0)
+    check_leading(target, input, "target", 0)
     log_prob, uniform, _, _ = torch.ops.cprec.clustered_softmax(
-        _rows(input), target.reshape(-1), *weights.args(), ignore_index
+        as_rows(input), target.reshape(-1), *weights.args(), ignore_index
     )
     return log_prob.reshape(target.shape), uniform.reshape(target.shape)
 
@@ -328,7 +321,7 @@ def clustered_log_prob(input: Tensor, weights: Weights) -> Tensor:
     This is the one function that holds a row of the whole catalogue per input row; for the best items use
     :func:`clustered_topk`, for given ones :func:`clustered_score`.
     """
-    out: Tensor = torch.ops.cprec.clustered_log_prob(_rows(input), *weights.args())
+    out: Tensor = torch.ops.cprec.clustered_log_prob(as_rows(input), *weights.args())
     return out.reshape(*input.shape[:-1], weights.num_items)
 
 
@@ -342,8 +335,8 @@ def clustered_score(input: Tensor, items: Tensor, weights: Weights) -> Tensor:
         TypeError: items not int64, mixed dtypes.
         ValueError: shapes that do not fit together.
     """
-    _check_leading(items, input, "items", 1)
-    rows = _rows(input)
+    check_leading(items, input, "items", 1)
+    rows = as_rows(input)
     with torch.no_grad():
         out: Tensor = torch.ops.cprec.clustered_score(
             rows, items.reshape(rows.shape[0], items.shape[-1]), *weights.args()

@@ -10,8 +10,18 @@ from torch import Tensor
 from .. import _backend
 from ..reference import clustered_topk as ref
 from ..reference.common import accumulate_dtype
-from ._library import autocast, cast_floating, check_ids, check_integers, define, fake, implement
-from .clustered_softmax import WEIGHTS, Weights, _check_leading, _rows, check_rows, check_weights
+from ._library import (
+    as_rows,
+    autocast,
+    cast_floating,
+    check_ids,
+    check_integers,
+    check_leading,
+    define,
+    fake,
+    implement,
+)
+from .clustered_softmax import WEIGHTS, Weights, check_rows, check_weights
 
 # Schema
 
@@ -38,8 +48,10 @@ def _check_topk(input: Tensor, k: int, *args: Any) -> None:
         check_integers(exclude_offsets, "exclude offsets")
         torch._check_value(
             exclude.dim() == 1 and exclude_offsets.dim() == 1 and exclude_offsets.shape[0] == input.shape[0] + 1,
-            lambda: "exclude as (offsets, items) needs 1-D tensors and one offset more than input rows, got "
-            f"{tuple(exclude_offsets.shape)} and {tuple(exclude.shape)} for {input.shape[0]} rows",
+            lambda: (
+                "exclude as (offsets, items) needs 1-D tensors and one offset more than input rows, got "
+                f"{tuple(exclude_offsets.shape)} and {tuple(exclude.shape)} for {input.shape[0]} rows"
+            ),
         )
     if candidates is not None:
         check_integers(candidates, "candidates")
@@ -147,10 +159,10 @@ def clustered_topk(
         TypeError: ids not int64, mixed dtypes.
         ValueError: k out of range, shapes that do not fit, NaN or inf in the input, NaN scores.
     """
-    rows = _rows(input)
+    rows = as_rows(input)
     offsets: Tensor | None = None
     if isinstance(exclude, Tensor):
-        _check_leading(exclude, input, "exclude", 1)
+        check_leading(exclude, input, "exclude", 1)
         # By the number of rows: -1 would be ambiguous for an empty list of exclusions.
         exclude = exclude.reshape(rows.shape[0], exclude.shape[-1])
     elif exclude is not None:
@@ -180,7 +192,7 @@ def clustered_rank(input: Tensor, target: Tensor, weights: Weights) -> Tensor:
         TypeError: target not int64, mixed dtypes.
         ValueError: shapes that do not fit together, NaN or inf in the input, NaN scores.
     """
-    _check_leading(target, input, "target", 0)
+    check_leading(target, input, "target", 0)
     with torch.no_grad():
-        out: Tensor = torch.ops.cprec.clustered_rank(_rows(input), target.reshape(-1), *weights.args())
+        out: Tensor = torch.ops.cprec.clustered_rank(as_rows(input), target.reshape(-1), *weights.args())
     return out.reshape(target.shape)

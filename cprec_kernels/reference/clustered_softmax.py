@@ -203,7 +203,9 @@ def clustered_score(
     levels = levels_of(weights, projections, head_bias, tail_biases)
     out = torch.zeros(items.shape, dtype=wide, device=input.device)
     for level in levels:
-        inside = torch.ones_like(items, dtype=torch.bool) if level.index == 0 else (items >= level.lo) & (items < level.hi)
+        inside = (
+            torch.ones_like(items, dtype=torch.bool) if level.index == 0 else (items >= level.lo) & (items < level.hi)
+        )
         index, _ = select_tokens(inside.any(1))
         for rows in row_chunks(index.numel(), max(level.weight.shape[0], items.shape[1] * level.weight.shape[1])):
             part = index[rows]

@@ -28,9 +28,7 @@ def _log_prob_chunks(
         yield rows, clustered_log_prob(input[rows], weights, projections, head_bias, tail_biases)
 
 
-def _excluded(
-    exclude: Tensor, exclude_offsets: Tensor | None, rows: slice, num_items: int
-) -> tuple[Tensor, Tensor]:
+def _excluded(exclude: Tensor, exclude_offsets: Tensor | None, rows: slice, num_items: int) -> tuple[Tensor, Tensor]:
     """Row (within the chunk) and item of every exclusion of ``rows``; entries to be skipped come as column K."""
     if exclude_offsets is None:  # padded (T, m): negative entries are padding
         items = exclude[rows]

@@ -53,6 +53,8 @@ std::vector<std::string> available_cpu_isas() {
   return names;
 }
 
-void set_cpu_isa(const std::string& name) { current.store(find(name, "isa"), std::memory_order_release); }
+void set_cpu_isa(const std::string& name) {
+  current.store(find(name, "isa"), std::memory_order_release);
+}
 
 }  // namespace cprec

@@ -26,8 +26,12 @@ static inline uint32_t as_bits(float value) {
   return bits;
 }
 
-static inline float to_float(float x) { return x; }
-static inline float to_float(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
+static inline float to_float(float x) {
+  return x;
+}
+static inline float to_float(BFloat16 x) {
+  return as_float(static_cast<uint32_t>(x.bits) << 16);
+}
 
 static inline float to_float(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
@@ -37,7 +41,9 @@ static inline float to_float(Float16 x) {
   return as_float(sign | as_bits(as_float(magnitude << 13) * as_float(0x77800000u)));
 }
 
-static inline void from_float(float x, float* out) { *out = x; }
+static inline void from_float(float x, float* out) {
+  *out = x;
+}
 
 static inline void from_float(float x, BFloat16* out) {
   const uint32_t bits = as_bits(x);

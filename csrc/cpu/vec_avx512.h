@@ -24,9 +24,7 @@ struct Vec {
   }
   static Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   static Vec load_first(const BFloat16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
-  static Vec load_first(const Float16* p, int n) {
-    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
-  }
+  static Vec load_first(const Float16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16()); }

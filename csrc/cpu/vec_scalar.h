@@ -15,13 +15,21 @@ struct Vec {
   static Vec zero() { return {0.0f}; }
   static Vec broadcast(float x) { return {x}; }
   template <class T>
-  static Vec load(const T* p) { return {to_float(*p)}; }
+  static Vec load(const T* p) {
+    return {to_float(*p)};
+  }
   template <class T>
-  static Vec load_first(const T* p, int) { return load(p); }
+  static Vec load_first(const T* p, int) {
+    return load(p);
+  }
   template <class T>
-  void store(T* p) const { from_float(v, p); }
+  void store(T* p) const {
+    from_float(v, p);
+  }
   template <class T>
-  void store_first(T* p, int) const { store(p); }
+  void store_first(T* p, int) const {
+    store(p);
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 };
 

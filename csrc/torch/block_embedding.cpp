@@ -46,7 +46,8 @@ Call prepare(const at::Tensor& ids, at::TensorList embeddings, at::TensorList pr
   const auto hold = [&](const at::Tensor& tensor) {
     TORCH_CHECK_VALUE(tensor.dim() == 2, "tables and projections must be 2-D, got ", tensor.sizes());
     TORCH_CHECK_TYPE(tensor.scalar_type() == embeddings[0].scalar_type(), "tables and projections differ in dtype");
-    TORCH_CHECK_VALUE(tensor.device() == ids.device(), "ids are on ", ids.device(), ", a table is on ", tensor.device());
+    TORCH_CHECK_VALUE(tensor.device() == ids.device(), "ids are on ", ids.device(), ", a table is on ",
+                      tensor.device());
     call.keep.push_back(tensor.contiguous());
     return call.keep.back().const_data_ptr();
   };
@@ -107,11 +108,17 @@ at::Tensor block_embedding_cuda(const at::Tensor& ids, at::TensorList embeddings
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(cprec_native, m) {
-  m.def("block_embedding(Tensor ids, Tensor[] embeddings, Tensor[] projections, int? padding_idx, bool sparse) -> Tensor");
+  m.def(
+      "block_embedding(Tensor ids, Tensor[] embeddings, Tensor[] projections, int? padding_idx, bool sparse) -> "
+      "Tensor");
 }
 
-TORCH_LIBRARY_IMPL(cprec_native, CPU, m) { m.impl("block_embedding", &block_embedding_cpu); }
+TORCH_LIBRARY_IMPL(cprec_native, CPU, m) {
+  m.impl("block_embedding", &block_embedding_cpu);
+}
 
 #ifdef CPREC_WITH_CUDA
-TORCH_LIBRARY_IMPL(cprec_native, CUDA, m) { m.impl("block_embedding", &block_embedding_cuda); }
+TORCH_LIBRARY_IMPL(cprec_native, CUDA, m) {
+  m.impl("block_embedding", &block_embedding_cuda);
+}
 #endif

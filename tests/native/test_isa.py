@@ -76,7 +76,9 @@ def code() -> dict[str, str]:
         pytest.skip("no x86 module here")
     tool = shutil.which("objdump")
     assert tool is not None, "objdump (binutils) is needed to check the instructions of the native module"
-    listing = subprocess.run([tool, "-d", "-C", "--no-show-raw-insn", MODULE.__file__], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        [tool, "-d", "-C", "--no-show-raw-insn", MODULE.__file__], capture_output=True, text=True, check=True
+    )
     return functions(listing.stdout)
 
 
@@ -88,7 +90,9 @@ def test_wide_instructions_stay_in_their_own_functions(code):
     """A shared inline function compiled for AVX-512 would stop the process on a machine that has none."""
     leaks_512 = [name for name, body in code.items() if "avx512" not in name and AVX512.search(body)]
     assert leaks_512 == []
-    leaks_avx = [name for name, body in code.items() if "avx512" not in name and "avx2" not in name and AVX.search(body)]
+    leaks_avx = [
+        name for name, body in code.items() if "avx512" not in name and "avx2" not in name and AVX.search(body)
+    ]
     assert leaks_avx == []
 
 

@@ -30,11 +30,18 @@ def cast(weights, dtype, requires_grad=False):
         return None if tensor is None else tensor.detach().to(dtype, copy=True).requires_grad_(requires_grad)
 
     tables, projections, head_bias, tail_biases = weights
-    return Weights([leaf(w) for w in tables], [leaf(p) for p in projections], leaf(head_bias), [leaf(b) for b in tail_biases])
+    return Weights(
+        [leaf(w) for w in tables], [leaf(p) for p in projections], leaf(head_bias), [leaf(b) for b in tail_biases]
+    )
 
 
 def leaves(weights):
-    return [*weights.weights, *weights.projections, *([weights.head_bias] if weights.head_bias is not None else []), *weights.tail_biases]
+    return [
+        *weights.weights,
+        *weights.projections,
+        *([weights.head_bias] if weights.head_bias is not None else []),
+        *weights.tail_biases,
+    ]
 
 
 def definition(hidden, target, weights, epsilon=0.0):
@@ -65,7 +72,9 @@ def test_one_cluster_is_cross_entropy():
             ours = functional.clustered_cross_entropy(
                 hidden, target, weights, reduction=reduction, label_smoothing=epsilon
             )
-            theirs = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction=reduction, label_smoothing=epsilon)
+            theirs = F.cross_entropy(
+                logits.flatten(0, 1), target.flatten(), reduction=reduction, label_smoothing=epsilon
+            )
             torch.testing.assert_close(ours.flatten(), theirs.flatten(), rtol=1e-10, atol=1e-12)
 
 

@@ -9,12 +9,12 @@
 namespace cprec {
 
 struct BlockEmbeddingParams {
-  const std::int64_t* ids;                // (num_tokens,)
-  void* out;                              // (num_tokens, width)
+  const std::int64_t* ids;  // (num_tokens,)
+  void* out;                // (num_tokens, width)
   std::int64_t num_tokens;
   std::int64_t width;
   std::int32_t num_clusters;
-  std::int64_t offsets[kMaxClusters + 1]; // first item of every cluster, then the number of items
+  std::int64_t offsets[kMaxClusters + 1];  // first item of every cluster, then the number of items
   std::int64_t ranks[kMaxClusters];
   const void* tables[kMaxClusters];       // (offsets[j + 1] - offsets[j], ranks[j]), contiguous
   const void* projections[kMaxClusters];  // (ranks[j], width), contiguous; null where ranks[j] == width

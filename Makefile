@@ -1,0 +1,68 @@
+# `make demo` and `make test` do all of their own set-up; `make help` lists the targets.
+PYTHON ?= python3
+# The torch to build against: any pip requirement, e.g. make test TORCH='torch==2.12.0'
+TORCH ?= torch==2.13.0
+DEMO ?= demo
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: help setup demo test lint format bench clean choice
+help:
+	@echo "make demo    generate data, train the twin and the compressed model, compare them (folder: $(DEMO))"
+	@echo "make test    run the test suite"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make bench   kernel microbenchmarks"
+	@echo "make setup   .venv with everything, extension built (demo and test do this by themselves)"
+	@echo "make format  rewrite sources as lint wants them;  make clean  remove .venv and build/"
+	@echo "TORCH='torch==X.Y.Z' chooses another torch, CPREC_BUILD=auto|cpu|cuda|none what is built"
+
+# Remembers which torch and which build were asked for; touched only when the answer changes.
+choice:
+	@mkdir -p $(VENV)
+	@echo '$(TORCH) $(CPREC_BUILD) $(CPREC_WERROR)' | cmp -s - $(VENV)/.choice || \
+	  echo '$(TORCH) $(CPREC_BUILD) $(CPREC_WERROR)' > $(VENV)/.choice
+$(VENV)/.choice: choice
+
+# torch comes first and from TORCH alone: as a mere dependency, pip would take the newest and several GB of CUDA.
+$(VENV)/.tools: pyproject.toml $(VENV)/.choice
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python venv failed: install your system's python3-venv package"; exit 1; }
+	$(PIP) install '$(TORCH)'
+	$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
+	  print(*p['build-system']['requires'], sep='\n')" > $(VENV)/build-requirements.txt
+	$(PIP) install -r $(VENV)/build-requirements.txt
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.tools $(NATIVE)
+	$(PIP) install --no-build-isolation -e '.[app,test,lint]'
+	@touch $@
+
+setup: $(VENV)/.native
+
+demo: setup
+	$(BIN)/cprec demo --out $(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -type f)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -type f)
+
+bench: setup
+	$(BIN)/python -m benchmarks run --op block_embedding --case all
+
+clean:
+	rm -rf $(VENV) build *.egg-info cprec_kernels/_C*.so cprec_kernels/_build_info.json
