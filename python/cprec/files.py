@@ -1,0 +1,50 @@
+"""Files that appear whole or not at all: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary stream whose contents become ``path`` when the block ends well; otherwise nothing changes."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, values: Any) -> None:
+    """``values`` as indented JSON, atomically."""
+    with atomic_write(path) as stream:
+        stream.write((json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The contents of a JSON file. Raises FileNotFoundError or ValueError that name ``what`` was expected."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {path.parent} is not {what}")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not the JSON of {what}: {error}") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
