@@ -1,0 +1,379 @@
+"""The ``cprec`` command: one function per subcommand, thin over the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cprec.cli_options import (
+    Block,
+    BlockKind,
+    Cutoffs,
+    Dilations,
+    Dim,
+    Dropout,
+    HeadBias,
+    JsonFile,
+    KernelSize,
+    Overwrite,
+    Part,
+    Quiet,
+    Ranks,
+    Repeats,
+    Sharing,
+    SharingKind,
+    Smoothing,
+    SparseEmbedding,
+    Split,
+    TailBias,
+    Twin,
+    make_model_config,
+    whole_numbers,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from cprec.data import PreparedData, Progress
+
+app = typer.Typer(
+    name="cprec",
+    help="Train and serve next-item recommenders with compressed item tables (CpRec).\n\n"
+    "A first look: [bold]cprec demo[/]. With your own data: [bold]prepare[/], [bold]train[/], [bold]evaluate[/], "
+    "[bold]recommend[/], [bold]export[/].\n\nSet CPREC_TRACEBACK=1 to see where an error came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def _print(*renderables: RenderableType) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def _write_json(target: Path | None, values: Any) -> None:
+    if target is None:
+        return
+    if str(target) == "-":
+        sys.stdout.write(json.dumps(values, indent=2) + "\n")
+        return
+    from cprec.files import write_json
+
+    write_json(target, values)
+
+
+def _bars(quiet: bool) -> Any:
+    """A context manager that gives a ``Progress`` callback for the data layer, drawn on standard error."""
+    from cprec.progress import staged_progress
+
+    return staged_progress(not quiet)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, runs and plots.")] = Path("demo"),
+    items: Annotated[int, typer.Option(help="Items in the generated catalogue.")] = 20_000,
+    users: Annotated[int, typer.Option(help="Sequences to generate.")] = 6_000,
+    epochs: Annotated[int, typer.Option(help="Epochs for each of the two models.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Generate a catalogue, train the uncompressed twin and the compressed model, and compare them.
+
+    Leaves the prepared data, both runs, comparison.json and comparison.png in the folder. Under five minutes on two
+    cores.
+    """
+    from cprec.demo import run_demo
+
+    run_demo(out, items=items, users=users, epochs=epochs, seed=seed, overwrite=overwrite, quiet=quiet)
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path | None, typer.Argument(help="File of interactions. Leave out with --dataset.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Download a known data set instead: ml-100k, ml-1m, ml-20m, ... ('list' names all)."),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="pairs, sequences, csv, tsv, parquet, inter, ml-1m, ml-100k or amazon. Default: by content."),
+    ] = None,
+    user_column: Annotated[str | None, typer.Option(help="Name of the user column.")] = None,
+    item_column: Annotated[str | None, typer.Option(help="Name of the item column.")] = None,
+    time_column: Annotated[str | None, typer.Option(help="Name of the time column.")] = None,
+    split: Annotated[Split, typer.Option(help="How validation and test targets are held out.")] = Split.leave_one_out,
+    valid_fraction: Annotated[float, typer.Option(help="Validation share, for splits by user or time.")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(help="Test share, for splits by user or time.")] = 0.1,
+    min_item_count: Annotated[int, typer.Option(help="Drop items with fewer interactions.")] = 1,
+    min_sequence_length: Annotated[int, typer.Option(help="Drop users with fewer interactions.")] = 1,
+    cache: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the users of a split by user.")] = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read interactions, sort items by training frequency, split, and write a folder that training maps into memory.
+
+    Examples: [bold]cprec prepare ratings.csv -o data[/], [bold]cprec prepare --dataset ml-1m -o data[/].
+    """
+    from cprec.data import DATASETS, prepare_dataset, summarise
+    from cprec.data import prepare as prepare_file
+
+    if dataset == "list":
+        for known in DATASETS.values():
+            typer.echo(f"{known.name:16s} {known.about}")
+        return
+    if (source is None) == (dataset is None):
+        raise typer.BadParameter("give either a file or --dataset NAME", param_hint="SOURCE")
+    if out is None:
+        raise typer.BadParameter("name the folder to write", param_hint="--out")
+    options: dict[str, Any] = {
+        "user_column": user_column, "item_column": item_column, "time_column": time_column, "split": str(split),
+        "valid_fraction": valid_fraction, "test_fraction": test_fraction, "min_item_count": min_item_count,
+        "min_sequence_length": min_sequence_length, "seed": seed,
+    }  # fmt: skip
+    progress: Progress
+    with _bars(quiet) as progress:
+        if source is not None:
+            data = prepare_file(source, out, format=format, overwrite=overwrite, progress=progress, **options)
+        else:
+            given = {name: value for name, value in options.items() if value is not None}
+            given |= {} if format is None else {"format": format}
+            data = prepare_dataset(str(dataset), out, cache=cache, overwrite=overwrite, progress=progress, **given)
+    typer.echo(str(summarise(data)))
+    typer.echo(f"\nnext: cprec train {out} --out RUN")
+
+
+@app.command()
+def info(
+    path: Annotated[
+        Path, typer.Argument(help="A run or exported folder, or prepared data with the model options below.")
+    ],
+    dim: Dim = 64,
+    cutoffs: Cutoffs = "0.05,0.2",
+    ranks: Ranks = None,
+    twin: Twin = False,
+    dilations: Dilations = "1,4",
+    repeats: Repeats = 2,
+    kernel_size: KernelSize = 3,
+    block: BlockKind = Block.residual,
+    sharing: SharingKind = Sharing.none,
+    head_bias: HeadBias = False,
+    tail_bias: TailBias = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Parameters per block, compression against the uncompressed twin, and bytes.
+
+    For a run or an export, of its model; for prepared data, of the model that `train` would make with these options.
+    """
+    from cprec import checkpoint
+    from cprec.data import PreparedData, summarise
+    from cprec.report import parameter_table
+
+    if (path / checkpoint.CONFIG_NAME).is_file():
+        config, _ = checkpoint.read_config(path)
+    else:
+        data = PreparedData.open(path)
+        typer.echo(f"{summarise(data)}\n")
+        config = make_model_config(
+            data.num_items, dim, cutoffs, ranks, twin, dilations=dilations, repeats=repeats, kernel_size=kernel_size,
+            block=str(block), sharing=str(sharing), head_bias=head_bias, tail_bias=tail_bias,
+        )  # fmt: skip
+    table = parameter_table(config)
+    if json_file is None or str(json_file) != "-":
+        _print(table.render())
+    _write_json(json_file, table.to_dict())
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="Prepared folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder to write.")],
+    dim: Dim = 64,
+    cutoffs: Cutoffs = "0.05,0.2",
+    ranks: Ranks = None,
+    twin: Twin = False,
+    dilations: Dilations = "1,4",
+    repeats: Repeats = 2,
+    kernel_size: KernelSize = 3,
+    block: BlockKind = Block.residual,
+    sharing: SharingKind = Sharing.none,
+    dropout: Dropout = 0.2,
+    label_smoothing: Smoothing = 0.0,
+    head_bias: HeadBias = False,
+    tail_bias: TailBias = False,
+    sparse_embedding: SparseEmbedding = False,
+    length: Annotated[int, typer.Option("--length", "-L", help="Items that the model sees.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 128,
+    epochs: Annotated[int, typer.Option(help="At most this many epochs.")] = 20,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.01,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
+    gradient_clip: Annotated[float, typer.Option(help="Largest norm of all gradients; 0 for none.")] = 1.0,
+    patience: Annotated[int, typer.Option(help="Epochs without progress before stopping; 0: never stop early.")] = 3,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bf16 autocast.")] = False,
+    seed: Annotated[int, typer.Option(help="Of weights, order and dropout.")] = 0,
+    accelerator: Annotated[str, typer.Option(help="Passed to Lightning.")] = "auto",
+    devices: Annotated[str, typer.Option(help="Passed to Lightning.")] = "auto",
+    strategy: Annotated[str, typer.Option(help="Passed to Lightning.")] = "auto",
+    workers: Annotated[int, typer.Option(help="Processes that assemble batches.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between saved states within an epoch.")] = 1000,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out after it was stopped.")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a NextItNet; stop early on validation NDCG@10; evaluate the best weights.
+
+    The run folder holds config.json, weights.safetensors, metrics.json, curve.png and logs. A run that was killed goes
+    on with the same command and --resume.
+    """
+    from cprec.data import PreparedData
+    from cprec.training import TrainingConfig
+    from cprec.training import train as train_model
+
+    prepared: PreparedData = PreparedData.open(data)
+    model_config = make_model_config(
+        prepared.num_items, dim, cutoffs, ranks, twin, dilations=dilations, repeats=repeats, kernel_size=kernel_size,
+        block=str(block), sharing=str(sharing), dropout=dropout, label_smoothing=label_smoothing, head_bias=head_bias,
+        tail_bias=tail_bias, sparse_embedding=sparse_embedding,
+    )  # fmt: skip
+    training_config = TrainingConfig(
+        length=length, batch_size=batch_size, epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay,
+        warmup_steps=warmup_steps, gradient_clip=gradient_clip, precision="bf16-mixed" if bf16 else "32-true",
+        patience=patience, seed=seed, accelerator=accelerator,
+        devices=int(devices) if devices.isdigit() else devices, strategy=strategy, workers=workers,
+        checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    compression = model_config.twin().num_parameters / model_config.num_parameters
+    typer.echo(
+        f"{prepared.name}: {prepared.num_items:,} items; {model_config.num_parameters:,} parameters, "
+        f"{compression:.2f} times fewer than the uncompressed twin"
+    )
+    result = train_model(
+        prepared, model_config, training_config, out, resume=resume, overwrite=overwrite, progress=not quiet
+    )
+    typer.echo(
+        f"best of {len(result.history)} epochs: {result.best_epoch + 1}, {result.epoch_seconds:.1f} s per epoch; "
+        f"weights, metrics.json and curve.png are in {out}"
+    )
+    _print(result.test.table())
+    typer.echo(f"next: cprec recommend {out} HISTORIES --out top.csv, or cprec export {out} --out MODEL")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    data: Annotated[Path | None, typer.Option(help="The run's prepared data, if it has moved.")] = None,
+    split: Annotated[Part, typer.Option(help="Which held-out part.")] = Part.test,
+    topn: Annotated[str, typer.Option(help="Cut-offs N of HR, NDCG and MRR.")] = "5,10,20",
+    batch_size: Annotated[int, typer.Option(help="Histories at a time.")] = 512,
+    device: Annotated[str | None, typer.Option(help="Where to run, e.g. cuda. Default: CPU.")] = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """HR, NDCG and MRR over the whole catalogue, beside the popularity baseline and per popularity band."""
+    from cprec import checkpoint
+    from cprec.evaluation import evaluate as evaluate_model
+    from cprec.run_folder import RunConfig
+
+    config = RunConfig.read(run)
+    cuts = whole_numbers(topn, "--topn")
+    prepared = config.open_data(data)
+    report = evaluate_model(
+        checkpoint.load(run), prepared, str(split), length=config.training.length, batch_size=batch_size, topn=cuts,
+        device=device, progress=not quiet,
+    )  # fmt: skip
+    if json_file is None or str(json_file) != "-":
+        _print(report.table())
+    _write_json(json_file, report.to_dict())
+
+
+@app.command()
+def recommend(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    histories: Annotated[
+        str,
+        typer.Argument(
+            help="File of histories: a sequence per line, user<TAB>items, or JSON lines. '-': standard input."
+        ),
+    ] = "-",
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="File ending in .csv, .parquet or .jsonl. '-': standard output, as CSV.")
+    ] = "-",
+    k: Annotated[int, typer.Option("-k", help="Items per user.")] = 10,
+    include_seen: Annotated[bool, typer.Option("--include-seen", help="Allow items of the history.")] = False,
+    candidates: Annotated[Path | None, typer.Option(help="File with the only items allowed, one per line.")] = None,
+    history_format: Annotated[
+        str | None, typer.Option(help="sequences, users or jsonl. Default: by the first line.")
+    ] = None,
+    output_format: Annotated[str | None, typer.Option(help="csv, parquet or jsonl. Default: by the name.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The run's prepared data, if it has moved.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Histories at a time.")] = 512,
+    device: Annotated[str | None, typer.Option(help="Where to run, e.g. cuda. Default: CPU.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """The best next items for histories of raw item ids. Items that were seen are left out; unknown ones are ignored."""  # fmt: skip
+    from cprec import checkpoint
+    from cprec.run_folder import RunConfig
+    from cprec.serving import recommend as recommend_items
+    from cprec.serving_io import output_format as check_output
+    from cprec.serving_io import read_histories, write_recommendations
+
+    check_output(out, output_format)
+    allowed = None if candidates is None else candidates.read_text(encoding="utf-8").split()
+    config = RunConfig.read(run)
+    model = checkpoint.load(run)
+    results = recommend_items(
+        model, config.open_data(data).catalogue, read_histories(histories, format=history_format), k,  # type: ignore[arg-type]
+        length=config.training.length, exclude_seen=not include_seen, candidates=allowed, batch_size=batch_size,
+        device=device, progress=not quiet, warn_unknown=False,
+    )  # fmt: skip
+    rows = write_recommendations(results.chunks(), out, format=output_format)
+    typer.echo(f"{rows:,} recommendations for {results.users:,} users", err=True)
+    if results.fallbacks:
+        typer.echo(f"{results.fallbacks:,} users without a known item got the most popular items", err=True)
+    if results.unknown.count:
+        typer.echo(results.unknown.message(), err=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    data: Annotated[Path | None, typer.Option(help="The run's prepared data, if it has moved.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a folder that cprec.load(path) reads with torch alone: configuration, safetensors weights, item ids."""
+    from cprec.exported import export as export_run
+
+    folder = export_run(run, out, data=data, overwrite=overwrite)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    typer.echo(f"{folder}: {size / 1e6:.1f} MB; use it with: model = cprec.load({str(folder)!r})")
+
+
+def _version(show: bool) -> None:
+    if show:
+        from cprec_kernels._version import __version__
+
+        typer.echo(f"cprec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass

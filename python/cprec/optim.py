@@ -1,0 +1,139 @@
+"""Optimisers of the recommender: AdamW for dense gradients, SparseAdam for block-embedding tables with sparse ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from cprec_kernels.nn import BlockEmbedding
+
+NO_DECAY_MODULES = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d)
+
+
+def sparse_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters with sparse COO gradients: the tables of block embeddings made with ``sparse=True``."""
+    return [
+        table
+        for module in model.modules()
+        if isinstance(module, BlockEmbedding) and module.sparse
+        for table in module.embeddings
+    ]
+
+
+def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Split the trainable parameters, each exactly once, into (decayed, not decayed, sparse).
+
+    Weight decay skips biases and normalisation layers, told by their module and by having fewer than two dimensions:
+    they set offsets and scales, which need not be small. Sparse tables are never decayed: a decay of every row in every
+    step would touch the whole table.
+    """
+    sparse = sparse_parameters(model)
+    taken = {id(parameter) for parameter in sparse}
+    normalisation = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, NO_DECAY_MODULES)
+        for parameter in module.parameters(recurse=False)
+    }
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():  # shared parameters appear once
+        if id(parameter) in taken or not parameter.requires_grad:
+            continue
+        (plain if parameter.ndim < 2 or id(parameter) in normalisation else decayed).append(parameter)
+    return decayed, plain, [parameter for parameter in sparse if parameter.requires_grad]
+
+
+class DenseSparseAdam(torch.optim.Optimizer):
+    """AdamW and SparseAdam behind the interface of one optimiser, for loops that allow only one.
+
+    ``param_groups`` lists the groups of both (the same dictionaries, so schedulers act on both); ``state_dict`` holds
+    theirs under ``dense`` and ``sparse``.
+    """
+
+    def __init__(self, dense: torch.optim.Optimizer, sparse: torch.optim.Optimizer) -> None:
+        self.dense, self.sparse = dense, sparse
+        super().__init__([*dense.param_groups, *sparse.param_groups], {})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of both. The closure, when given, runs once, before either."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.dense.step()
+        self.sparse.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dense": self.dense.state_dict(), "sparse": self.sparse.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.dense.load_state_dict(dict(state_dict["dense"]))
+        self.sparse.load_state_dict(dict(state_dict["sparse"]))
+        # loading replaces the inner groups: share the new ones
+        self.param_groups = [*self.dense.param_groups, *self.sparse.param_groups]
+
+
+def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, ICLR 2019) over the model; with sparse tables, AdamW and SparseAdam together.
+
+    Args:
+        model: parameters already on their device.
+        learning_rate: for both optimisers.
+        weight_decay: of matrices with dense gradients only, see :func:`parameter_groups`.
+    """
+    decayed, plain, sparse = parameter_groups(model)
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decayed, weight_decay), (plain, 0.0))
+        if parameters
+    ]
+    devices = {parameter.device.type for parameter in (*decayed, *plain)}
+    fused = devices <= {"cpu", "cuda"} and all(parameter.is_floating_point() for parameter in (*decayed, *plain))
+    dense = torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+    if not sparse:
+        return dense
+    return DenseSparseAdam(dense, torch.optim.SparseAdam(sparse, lr=learning_rate))
+
+
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Learning-rate factor of optimiser step ``step`` (0-based): linear up to 1 over ``warmup_steps``, then 1.
+
+    The first step already moves (factor 1 / warmup_steps), and no warm-up means 1 throughout.
+    """
+    return 1.0 if step + 1 >= warmup_steps else (step + 1) / warmup_steps
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients, dense and sparse, so that their joint 2-norm is at most ``max_norm``; no host sync.
+
+    Sparse gradients are coalesced first: rows drawn twice have to be added before they are squared.
+
+    Returns:
+        The norm before clipping, a scalar.
+    """
+    dense: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            dense.append(parameter.grad._values())
+        else:
+            dense.append(parameter.grad)
+    if not dense:
+        return torch.zeros(())
+    norms = torch._foreach_norm(dense)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms]))
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_(dense, scale)
+    return norm

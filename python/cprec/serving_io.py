@@ -1,0 +1,217 @@
+"""Histories in, recommendations out: files, standard input and standard output."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
+
+from cprec.files import atomic_write
+
+if TYPE_CHECKING:
+    from cprec.serving import Chunk
+
+HistoryFormat = Literal["sequences", "users", "jsonl"]
+HISTORY_FORMATS: tuple[HistoryFormat, ...] = ("sequences", "users", "jsonl")
+COLUMNS = ("user", "rank", "item", "score", "fallback")
+OUTPUT_FORMATS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+STDIO = "-"
+
+
+class History(NamedTuple):
+    """One user's raw item ids, oldest first."""
+
+    user: str
+    items: list[str]
+
+
+def read_histories(source: str | Path | IO[bytes], *, format: HistoryFormat | None = None) -> Iterator[History]:
+    """Read histories one by one; nothing is kept in memory.
+
+    Args:
+        source: a path, ``"-"`` for standard input, or a binary stream. UTF-8; blank lines are skipped.
+        format: ``"sequences"`` (items separated by spaces or, if there is a comma in the line, by commas; the user is
+            the line number), ``"users"`` (``user<TAB>items``) or ``"jsonl"`` (``{"user": ..., "items": [...]}``;
+            without a user, the line number). By default told by the first line that is not blank.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that does not fit the format, with its number; an unknown format; or no history at all.
+    """
+    if format is not None and format not in HISTORY_FORMATS:
+        raise ValueError(f"unknown history format {format!r}; known are {', '.join(HISTORY_FORMATS)}")
+    if isinstance(source, str | Path) and str(source) != STDIO:
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file of histories")
+        with path.open("rb") as stream:
+            yield from _parse(stream, str(path), format)
+    elif isinstance(source, str | Path):
+        yield from _parse(sys.stdin.buffer, "standard input", format)
+    else:
+        yield from _parse(source, str(getattr(source, "name", "input")), format)
+
+
+def _parse(stream: IO[bytes], name: str, format: HistoryFormat | None) -> Iterator[History]:
+    found = False
+    for number, raw in enumerate(stream, start=1):
+        where = f"{name}:{number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 text (byte {error.start}): convert the file to UTF-8") from None
+        if not line.strip():
+            continue
+        found = True
+        if format is None:
+            format = "jsonl" if line.lstrip().startswith("{") else "users" if "\t" in line else "sequences"
+        yield _PARSERS[format](line.rstrip("\r\n"), number, where)
+    if not found:
+        raise ValueError(f"{name}: holds no history; give one line per user")
+
+
+def _split(text: str, where: str) -> list[str]:
+    if "," not in text:
+        return text.split()
+    items = [item.strip() for item in text.split(",")]
+    if "" in items:
+        raise ValueError(f"{where}: item {items.index('') + 1} between the commas is empty")
+    return items
+
+
+def _parse_sequence(line: str, number: int, where: str) -> History:
+    if "\t" in line:
+        raise ValueError(f"{where}: a tab in a file of plain sequences; with users, every line must be user<TAB>items")
+    return History(str(number), _split(line, where))
+
+
+def _parse_user(line: str, number: int, where: str) -> History:
+    user, tab, items = line.partition("\t")
+    if not tab or not user.strip():
+        raise ValueError(f"{where}: expected user<TAB>items, got {line[:60]!r}")
+    return History(user.strip(), _split(items.replace("\t", " "), where))
+
+
+def _parse_json(line: str, number: int, where: str) -> History:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("items"), list):
+        raise ValueError(f'{where}: expected {{"user": ..., "items": [...]}}, got {line[:60]!r}')
+    items = record["items"]
+    for position, item in enumerate(items, start=1):
+        if isinstance(item, bool) or not isinstance(item, str | int):
+            raise ValueError(f"{where}: item {position} is {item!r}; items are strings or integers")
+    user = record.get("user", number)
+    if isinstance(user, bool) or not isinstance(user, str | int):
+        raise ValueError(f"{where}: user is {user!r}; a user is a string or an integer")
+    return History(str(user), [str(item) for item in items])
+
+
+_PARSERS: dict[str, Callable[[str, int, str], History]] = {
+    "sequences": _parse_sequence,
+    "users": _parse_user,
+    "jsonl": _parse_json,
+}
+
+
+def output_format(target: str | Path, format: str | None = None) -> str:
+    """The format for a target: the named one, else by suffix; CSV for standard output.
+
+    Raises:
+        ValueError: an unknown format or suffix.
+    """
+    known = sorted(set(OUTPUT_FORMATS.values()))
+    if format is not None:
+        if format not in known:
+            raise ValueError(f"unknown output format {format!r}; known are {', '.join(known)}")
+        return format
+    if str(target) == STDIO:
+        return "csv"
+    suffix = Path(target).suffix.lower()
+    if suffix not in OUTPUT_FORMATS:
+        raise ValueError(
+            f"{target}: cannot tell the output format from {suffix or 'no suffix'!r}; "
+            f"end the name in one of {', '.join(OUTPUT_FORMATS)}"
+        )
+    return OUTPUT_FORMATS[suffix]
+
+
+def write_recommendations(chunks: Iterable[Chunk], target: str | Path | IO[bytes], *, format: str | None = None) -> int:
+    """Write the columns user, rank, item, score (log-probability) and fallback.
+
+    Args:
+        chunks: from :meth:`cprec.serving.Recommendations.chunks`; CSV and JSON lines are streamed.
+        target: a path, ``"-"`` for standard output, or a binary stream (which needs ``format``). A file appears under
+            its name only when it is complete, and replaces one of that name.
+        format: ``"csv"``, ``"parquet"`` or ``"jsonl"``; by default by the suffix, CSV on standard output.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ValueError: an unknown format or suffix; FileNotFoundError: no such directory. Both before any work is done.
+    """
+    if not isinstance(target, str | Path):
+        if format is None:
+            raise ValueError("a stream needs a format: csv, parquet or jsonl")
+        return _WRITERS[output_format(STDIO, format)](chunks, target)
+    chosen = output_format(target, format)
+    if str(target) == STDIO:
+        rows = _WRITERS[chosen](chunks, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return rows
+    path = Path(target)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such directory to write {path.name} in")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory; name a file")
+    with atomic_write(path) as stream:
+        return _WRITERS[chosen](chunks, stream)
+
+
+def _write_csv(chunks: Iterable[Chunk], stream: IO[bytes]) -> int:
+    text = io.TextIOWrapper(stream, encoding="utf-8", newline="", write_through=False)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    rows = 0
+    for chunk in chunks:
+        writer.writerows(
+            (user, rank, item, f"{score:.6f}", "true" if fallback else "false")
+            for user, rank, item, score, fallback in chunk.rows()
+        )
+        rows += len(chunk)
+    text.flush()
+    text.detach()
+    return rows
+
+
+def _write_jsonl(chunks: Iterable[Chunk], stream: IO[bytes]) -> int:
+    rows = 0
+    for chunk in chunks:
+        lines = (json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) for row in chunk.rows())
+        stream.write("".join(f"{line}\n" for line in lines).encode())
+        rows += len(chunk)
+    return rows
+
+
+def _write_parquet(chunks: Iterable[Chunk], stream: IO[bytes]) -> int:
+    import polars as pl
+
+    schema: dict[str, Any] = dict(zip(COLUMNS, (pl.String, pl.Int32, pl.String, pl.Float32, pl.Boolean), strict=True))
+    frames = [pl.DataFrame(chunk.columns(), schema=schema) for chunk in chunks]
+    table = pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+    table.write_parquet(stream)
+    return len(table)
+
+
+_WRITERS: dict[str, Callable[[Iterable[Chunk], IO[bytes]], int]] = {
+    "csv": _write_csv,
+    "parquet": _write_parquet,
+    "jsonl": _write_jsonl,
+}

@@ -1,0 +1,379 @@
+"""Training runs: configuration, run folders that resume, and the final figures. Lightning drives the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from cprec import checkpoint
+from cprec.evaluation import EvaluationReport, evaluate
+from cprec.files import read_json, write_json
+from cprec.run_folder import RunConfig, RunFolder, versions
+
+if TYPE_CHECKING:
+    from cprec.data import PreparedData
+    from cprec.model import NextItNetConfig
+
+MONITOR = "ndcg@10"
+PRECISIONS = ("32-true", "bf16-mixed")
+SHARDED_STRATEGIES = ("fsdp", "deepspeed", "model_parallel")
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or not a number. ``step`` is the optimiser step, counted from 0."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class TrainingStateError(ValueError):
+    """A training state on disk that cannot be read safely."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a model is trained.
+
+    Args:
+        length: items the model sees, L; windows hold L + 1.
+        batch_size: windows per step and device.
+        epochs: upper limit.
+        learning_rate: of AdamW, and of SparseAdam where the model has sparse embeddings.
+        weight_decay: of dense matrices; never of biases, normalisation layers and sparse tables.
+        warmup_steps: steps of linear warm-up; 0 for none.
+        gradient_clip: largest joint 2-norm of all gradients; 0 for no clipping.
+        precision: "32-true" or "bf16-mixed" (autocast).
+        patience: stop after this many epochs without a better validation NDCG@10; 0 to go through all epochs.
+        seed: of initial weights, batch order and dropout.
+        accelerator, devices, strategy: passed to Lightning.
+        workers: processes that assemble batches; 0 does it in the main process.
+        checkpoint_every: steps between training states saved within an epoch; 0 saves after every epoch only.
+        evaluation_batch_size: histories per validation batch.
+
+    Raises:
+        ValueError: a value outside its range. The message names it.
+    """
+
+    length: int = 20
+    batch_size: int = 256
+    epochs: int = 20
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    gradient_clip: float = 1.0
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    patience: int = 5
+    seed: int = 0
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    strategy: str = "auto"
+    workers: int = 0
+    checkpoint_every: int = 1000
+    evaluation_batch_size: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch_size", "epochs", "evaluation_batch_size"):
+            _check_integer(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "patience", "seed", "workers", "checkpoint_every"):
+            _check_integer(name, getattr(self, name), 0)
+        for name in ("learning_rate", "weight_decay", "gradient_clip"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        if self.learning_rate == 0:
+            raise ValueError("learning_rate must be above 0")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.strategy.startswith(SHARDED_STRATEGIES):
+            raise ValueError(
+                f"strategy {self.strategy!r} splits the parameters over devices, which ranking needs whole: use ddp"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
+        """From :meth:`to_dict`. Raises ValueError for unknown keys."""
+        if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
+            raise ValueError(f"unknown keys in a training configuration: {', '.join(unknown)}")
+        return cls(**values)
+
+
+# What a resumed run may change without becoming another run.
+RESUMABLE_FIELDS = frozenset(
+    {"epochs", "patience", "accelerator", "devices", "strategy", "workers", "checkpoint_every", "evaluation_batch_size"}
+)
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochRecord:
+    """One epoch: number from 0, optimiser steps so far, mean training loss in nats, validation metrics by name
+    ("ndcg@10", ...), seconds of training without validation, and predicted items per second over all devices.
+    """
+
+    epoch: int
+    steps: int
+    train_loss: float
+    validation: dict[str, float]
+    seconds: float
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EpochRecord:
+        return cls(**values)
+
+
+def best_epoch(history: Sequence[EpochRecord]) -> int:
+    """Index of the epoch with the highest validation NDCG@10, the first of equals."""
+    return max(range(len(history)), key=lambda index: history[index].validation[MONITOR])
+
+
+def is_finished(history: Sequence[EpochRecord], config: TrainingConfig) -> bool:
+    """Whether a run with this history is over: by its epochs, or by its patience."""
+    if len(history) >= config.epochs:
+        return True
+    return bool(history and config.patience) and len(history) - 1 - best_epoch(history) >= config.patience
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """A finished run. ``validation`` and ``test`` are those of the best epoch's weights, which the folder holds."""
+
+    folder: Path
+    history: tuple[EpochRecord, ...]
+    best_epoch: int
+    parameters: int
+    validation: EvaluationReport
+    test: EvaluationReport
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Mean training time of an epoch."""
+        return sum(record.seconds for record in self.history) / len(self.history)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of metrics.json."""
+        seconds = [record.seconds for record in self.history]
+        tokens = sum(record.seconds * record.tokens_per_second for record in self.history)
+        return {
+            "parameters": self.parameters,
+            "epochs": len(self.history),
+            "best_epoch": self.best_epoch,
+            "epoch_seconds": self.epoch_seconds,
+            "tokens_per_second": tokens / max(sum(seconds), 1e-9),
+            "validation": self.validation.to_dict(),
+            "test": self.test.to_dict(),
+            "history": [record.to_dict() for record in self.history],
+        }
+
+    @classmethod
+    def read(cls, folder: Path | str) -> RunResult:
+        """From the metrics.json of a finished run. Raises FileNotFoundError when the run is not finished."""
+        values = read_json(Path(folder) / "metrics.json", "a finished run")
+        return cls(
+            Path(folder),
+            tuple(EpochRecord.from_dict(record) for record in values["history"]),
+            values["best_epoch"],
+            values["parameters"],
+            EvaluationReport.from_dict(values["validation"]),
+            EvaluationReport.from_dict(values["test"]),
+        )
+
+
+def train(
+    data: PreparedData,
+    model_config: NextItNetConfig,
+    config: TrainingConfig,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> RunResult:
+    """Train a NextItNet and leave a run folder.
+
+    The folder holds config.json, weights.safetensors (of the best epoch by validation NDCG@10), last/state.ckpt (for
+    resuming), logs/ (CSV and TensorBoard) and, once finished, metrics.json and curve.png. Every file appears whole.
+    On a CPU a run that was killed and resumed ends with the very same weights as one that was not.
+
+    Args:
+        out: the run folder. Must not exist, unless ``resume`` or ``overwrite``.
+        resume: go on from the last saved state; a finished run is returned as it is, unless ``config`` allows more
+            epochs.
+        overwrite: replace an earlier run there; a folder that is not a run is refused all the same.
+        progress: show a bar (on a terminal) or a line per epoch (elsewhere) on standard error.
+
+    Returns:
+        The finished run. In the other processes of a multi-process run this function does not return (they exit).
+
+    Raises:
+        FileExistsError: ``out`` exists; FileNotFoundError: nothing to resume.
+        ValueError: the model is for another catalogue; on resuming, data or configuration differ from the run's.
+        NonFiniteLossError: the loss became infinite or NaN; the last sound state stays, or nothing if there was none.
+        TrainingStateError: the state to resume from is damaged.
+    """
+    if model_config.num_items != data.num_items:
+        raise ValueError(
+            f"the model is for {model_config.num_items:,} items but {data.folder} holds {data.num_items:,}; "
+            "make its configuration from this data"
+        )
+    run_config = RunConfig.of(data, model_config, config)
+    folder = RunFolder(Path(out))
+    with _quiet_lightning(), _kept_random_state():
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        main = getattr(rank_zero_only, "rank", 0) in (
+            None,
+            0,
+        )  # processes launched for other devices come through here too
+        if main:
+            folder.begin(run_config, resume=resume, overwrite=overwrite)
+        history = folder.history()
+        if is_finished(history, config):
+            if main and folder.metrics.is_file():
+                return RunResult.read(folder.path)
+            device = torch.device("cpu")
+        else:
+            if main:
+                folder.metrics.unlink(missing_ok=True)  # of a shorter run that is being extended
+            try:
+                device = _fit(data, run_config, folder, progress)
+            except BaseException:
+                if main:
+                    folder.drop_if_empty()
+                raise
+            history = folder.history()
+    if not main:
+        raise SystemExit(0)
+    return _finish(data, config, folder, history, device, progress)
+
+
+def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool) -> torch.device:
+    """Run Lightning's loop to the end; the outcome is in the folder. Returns the main device."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    from cprec.lightning_module import (
+        LOG_STEPS,
+        Patience,
+        SafeCheckpointIO,
+        TrainingModule,
+        TrainingStates,
+        announce_epoch,
+        progress_callbacks,
+    )
+    from cprec.model import NextItNet
+
+    config = run.training
+    torch.manual_seed(config.seed)
+    bars = progress_callbacks(progress)
+    announce = functools.partial(announce_epoch, config.epochs) if progress and not bars else None
+    module = TrainingModule(NextItNet(run.model), data, config, announce)
+    callbacks: list[Any] = [
+        TrainingStates(folder.state, config.checkpoint_every, functools.partial(folder.save_weights, run)),
+        *bars,
+    ]
+    if config.patience:
+        callbacks.append(Patience(config.patience))
+    trainer = pl.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        strategy=config.strategy,
+        precision=config.precision,
+        max_epochs=config.epochs,
+        gradient_clip_val=config.gradient_clip or None,
+        logger=[
+            CSVLogger(folder.path / "logs", name="csv"),
+            TensorBoardLogger(folder.path / "logs", name="tensorboard"),
+        ],
+        callbacks=callbacks,
+        plugins=[SafeCheckpointIO()],
+        enable_progress_bar=bool(bars),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=LOG_STEPS,
+        default_root_dir=folder.path,
+    )
+    trainer.fit(module, ckpt_path=folder.state if folder.state.is_file() else None)
+    return torch.device(trainer.strategy.root_device)
+
+
+def _finish(
+    data: PreparedData,
+    config: TrainingConfig,
+    folder: RunFolder,
+    history: Sequence[EpochRecord],
+    device: torch.device,
+    progress: bool,
+) -> RunResult:
+    """Evaluate the best weights; write the curve and, last of all, metrics.json, which marks the run as finished."""
+    from cprec.plots import plot_curve
+
+    model = checkpoint.load(folder.path)
+    reports = [
+        evaluate(
+            model,
+            data,
+            split,
+            length=config.length,
+            batch_size=config.evaluation_batch_size,
+            device=device,
+            progress=progress,
+        )
+        for split in ("valid", "test")
+    ]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    result = RunResult(folder.path, tuple(history), best_epoch(history), parameters, *reports)
+    plot_curve(history, folder.path / "curve.png", MONITOR)
+    write_json(folder.metrics, {**result.to_dict(), "versions": versions()})
+    return result
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without Lightning's tips, device lists and advice on settings that are chosen here."""
+    import lightning.pytorch  # noqa: F401  # sets the level of its loggers when first imported
+
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.*")
+        warnings.filterwarnings("ignore", module="torch.utils._pytree", category=FutureWarning)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Training seeds torch's generator at every step; the caller's goes on as if nothing had happened."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

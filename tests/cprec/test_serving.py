@@ -1,0 +1,270 @@
+"""Recommendations for raw histories, and the files they come from and go to."""
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from cprec.data import prepare
+from cprec.model import NextItNet, NextItNetConfig
+from cprec.ranking import pad_exclude, pad_left
+from cprec.serving import (
+    History,
+    UnknownItemsWarning,
+    read_histories,
+    recommend,
+    write_recommendations,
+)
+
+LENGTH = 4
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    lines = [" ".join(f"i{item}" for item in rng.zipf(1.3, size=8) % 40) for _ in range(90)]
+    (folder / "log.txt").write_text("\n".join(lines) + "\n")
+    return prepare(folder / "log.txt", folder / "prepared", format="sequences").catalogue
+
+
+@pytest.fixture(scope="module")
+def model(catalogue):
+    torch.manual_seed(0)
+    size = catalogue.num_items
+    return NextItNet(NextItNetConfig.from_plan(size, 8, [size // 6, size // 2], [8, 4, 2], dilations=(1, 2)))
+
+
+def best(model, catalogue, history, k, exclude=(), candidates=None):
+    """The same by the whole score vector."""
+    numbers = catalogue.encode(list(history)).tolist()
+    with torch.no_grad():
+        scores = model.softmax.log_prob(model(pad_left([numbers], LENGTH, catalogue.num_items))[:, -1])[0]
+    allowed = range(catalogue.num_items) if candidates is None else catalogue.encode(list(candidates)).tolist()
+    taken = set(catalogue.encode(list(exclude)).tolist()) if exclude else set()
+    order = sorted((item for item in allowed if item not in taken), key=lambda item: (-scores[item].item(), item))[:k]
+    return list(zip(catalogue.decode(order), scores[order].tolist(), strict=True))
+
+
+def rows_by_user(rows):
+    result = {}
+    for row in rows:
+        result.setdefault(row.user, []).append((row.item, row.score))
+        assert row.rank == len(result[row.user])
+    return result
+
+
+def assert_same(found, expected):
+    assert [item for item, _ in found] == [item for item, _ in expected]
+    np.testing.assert_allclose([score for _, score in found], [score for _, score in expected], rtol=1e-4)
+
+
+def test_padding():
+    assert pad_left([[1, 2, 3], [], [4]], 2, 9).tolist() == [[2, 3], [9, 9], [9, 4]]
+    assert pad_exclude([[3, 1, 3], [], [2]]).tolist() == [[1, 3], [-1, -1], [2, -1]]
+    assert pad_exclude([[]]).tolist() == [[-1]]
+
+
+def test_seen_items_are_left_out_even_beyond_what_the_model_sees(model, catalogue):
+    history = catalogue.decode([0, 3, 9, 1, 2, 12, 7])  # seven items, the model sees four
+    rows = list(recommend(model, catalogue, [history], k=catalogue.num_items, length=LENGTH))
+    assert not {row.item for row in rows} & set(history)
+    assert len(rows) == catalogue.num_items - 7
+    assert_same([(row.item, row.score) for row in rows], best(model, catalogue, history, 10**6, exclude=history))
+    everything = recommend(model, catalogue, [history], k=5, length=LENGTH, exclude_seen=False)
+    assert_same(rows_by_user(everything)["1"], best(model, catalogue, history, 5))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_batches_keep_users_and_order(model, catalogue, batch_size):
+    histories = [History(f"u{i}", catalogue.decode([i, 2 * i, i + 3])) for i in range(5)]
+    found = rows_by_user(recommend(model, catalogue, histories, k=3, length=LENGTH, batch_size=batch_size))
+    assert list(found) == [history.user for history in histories]
+    for history in histories:
+        assert_same(found[history.user], best(model, catalogue, history.items, 3, exclude=history.items))
+
+
+def test_a_whitelist_limits_the_answer(model, catalogue):
+    allowed = catalogue.decode([11, 2, 30, 5])
+    history = catalogue.decode([2, 8])
+    with pytest.warns(UnknownItemsWarning, match="ignored 1 item in the candidates .*'nowhere'"):
+        result = recommend(model, catalogue, [history, []], k=9, length=LENGTH, candidates=[*allowed, "nowhere"])
+    found = rows_by_user(result)
+    assert_same(found["1"], best(model, catalogue, history, 9, exclude=history, candidates=allowed))
+    assert [item for item, _ in found["2"]] == catalogue.decode([2, 5, 11, 30])  # popularity among the allowed
+    with pytest.raises(ValueError, match="none of the 1 candidates"):
+        recommend(model, catalogue, [history], length=LENGTH, candidates=["nowhere"])
+    with pytest.raises(ValueError, match="whitelist is empty"):
+        recommend(model, catalogue, [history], length=LENGTH, candidates=[])
+
+
+def test_unknown_items_are_reported_once_and_ignored(model, catalogue):
+    known = catalogue.decode([4, 6])
+    histories = [[known[0], "x1", known[1], "x1"], *[[known[0], f"y{i}"] for i in range(9)]]
+    result = recommend(model, catalogue, histories, k=2, length=LENGTH, batch_size=3)
+    with pytest.warns(UnknownItemsWarning) as caught:
+        found = rows_by_user(result)
+    assert len(caught) == 1
+    assert "ignored 11 items in the histories" in str(caught[0].message)
+    assert "'x1', 'y0', 'y1', 'y2', 'y3'" in str(caught[0].message)
+    assert result.unknown.count == 11
+    assert_same(found["1"], best(model, catalogue, known, 2, exclude=known))
+
+
+def test_empty_and_unknown_histories_fall_back_to_popularity(model, catalogue, recwarn):
+    histories = [[], ["x"], catalogue.decode([1])]
+    result = recommend(model, catalogue, histories, k=3, length=LENGTH, warn_unknown=False)
+    rows = list(result)
+    assert not recwarn.list
+    assert [row.fallback for row in rows] == [True] * 6 + [False] * 3
+    assert (result.users, result.fallbacks) == (3, 2)
+    for start in (0, 3):
+        assert [row.item for row in rows[start : start + 3]] == catalogue.decode([0, 1, 2])
+    counts = np.asarray(catalogue.counts, dtype=float) + 1
+    expected = np.log(counts[:3] / counts.sum())
+    np.testing.assert_allclose([row.score for row in rows[:3]], expected)
+
+
+def test_a_history_of_every_item_leaves_nothing(model, catalogue):
+    everything = catalogue.decode(list(range(catalogue.num_items)))
+    assert list(recommend(model, catalogue, [everything], length=LENGTH)) == []
+
+
+def test_impossible_requests_are_refused_before_work(model, catalogue):
+    for options in ({"k": 0}, {"length": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            recommend(model, catalogue, [], **{"length": LENGTH, **options})
+    with pytest.raises(ValueError, match="the model knows 5 items"):
+        recommend(NextItNet(NextItNetConfig.from_plan(5, 8)), catalogue, [], length=LENGTH)
+
+
+# Reading histories
+
+
+def read(text, **options):
+    return list(read_histories(io.BytesIO(text if isinstance(text, bytes) else text.encode()), **options))
+
+
+def test_formats_are_told_by_content():
+    assert read("a b  c\n\nd\n") == [History("1", ["a", "b", "c"]), History("3", ["d"])]
+    assert read("a, b b,c\r\nd e\n") == [History("1", ["a", "b b", "c"]), History("2", ["d", "e"])]
+    assert read("ann\ta b\nbob\t\neve smith\tc,d\n") == [
+        History("ann", ["a", "b"]), History("bob", []), History("eve smith", ["c", "d"]),
+    ]  # fmt: skip
+    assert read('{"user": 7, "items": ["a", 3]}\n{"items": []}\n') == [History("7", ["a", "3"]), History("2", [])]
+    assert read(b"\xef\xbb\xbfa b\n") == [History("1", ["a", "b"])]
+    assert read('{"a"} b\n', format="sequences") == [History("1", ['{"a"}', "b"])]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a b\nc\td\n", ":2: a tab"),
+        ("a,,b\n", ":1: item 2 between the commas is empty"),
+        ("u\ta\nv b\n", r":2: expected user<TAB>items, got 'v b'"),
+        ('{"items": ["a"]}\n{"items": ["a"\n', ":2: not a JSON object"),
+        ('{"items": ["a"]}\n{"itmes": ["a"]}\n', ":2: expected"),
+        ('{"items": ["a", 1.5]}\n', ":1: item 2 is 1.5"),
+        ('{"items": ["a", null]}\n', ":1: item 2 is None"),
+        ('{"user": [], "items": ["a"]}\n', r":1: user is \[\]"),
+        (b"a b\n\xff\xfe\n", ":2: not UTF-8"),
+        ("\n \n", "holds no history"),
+        ("", "holds no history"),
+    ],
+)
+def test_bad_lines_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        read(text)
+
+
+def test_histories_from_a_file_and_from_standard_input(tmp_path, monkeypatch):
+    path = tmp_path / "h.txt"
+    path.write_text("a b\nc\td\n")
+    with pytest.raises(ValueError, match=r"h\.txt:2"):
+        list(read_histories(path))
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        list(read_histories(tmp_path / "none.txt"))
+    with pytest.raises(ValueError, match="unknown history format 'xml'"):
+        list(read_histories(path, format="xml"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a b\n")))
+    assert list(read_histories("-")) == [History("1", ["a", "b"])]
+
+
+# Writing recommendations
+
+
+@pytest.fixture
+def result(model, catalogue):
+    histories = [History('x, "y"', catalogue.decode([1, 2])), History("ü", []), History("3", catalogue.decode([5]))]
+    return lambda: recommend(model, catalogue, histories, k=2, length=LENGTH, batch_size=2)
+
+
+def test_csv_parquet_and_json_lines_say_the_same(result, tmp_path):
+    expected = [row._asdict() for row in result()]
+    assert len(expected) == 6
+    for name in ("r.csv", "r.parquet", "r.jsonl", "r.NDJSON"):
+        assert write_recommendations(result().chunks(), tmp_path / name) == 6
+    tables = {
+        "csv": pl.read_csv(tmp_path / "r.csv", schema_overrides={"user": pl.String}).to_dicts(),
+        "parquet": pl.read_parquet(tmp_path / "r.parquet").to_dicts(),
+        "jsonl": [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()],
+    }
+    for name, rows in tables.items():
+        assert list(rows[0]) == ["user", "rank", "item", "score", "fallback"], name
+        for row, wanted in zip(rows, expected, strict=True):
+            assert math.isclose(row.pop("score"), wanted["score"], abs_tol=1e-5), name
+            assert row == {key: value for key, value in wanted.items() if key != "score"}, name
+    assert (tmp_path / "r.NDJSON").read_text() == (tmp_path / "r.jsonl").read_text()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_standard_output_and_streams(result, capfdbinary):
+    assert write_recommendations(result().chunks(), "-") == 6
+    rows = list(csv.reader(io.StringIO(capfdbinary.readouterr().out.decode())))
+    assert rows[0] == ["user", "rank", "item", "score", "fallback"]
+    assert [row[0] for row in rows[1:]] == ['x, "y"'] * 2 + ["ü"] * 2 + ["3"] * 2
+    stream = io.BytesIO()
+    write_recommendations(result().chunks(), stream, format="parquet")
+    assert len(pl.read_parquet(io.BytesIO(stream.getvalue()))) == 6
+    with pytest.raises(ValueError, match="a stream needs a format"):
+        write_recommendations(result().chunks(), stream)
+
+
+def test_parquet_without_any_row_keeps_its_columns(model, catalogue, tmp_path):
+    write_recommendations(recommend(model, catalogue, [], length=LENGTH).chunks(), tmp_path / "r.parquet")
+    assert pl.read_parquet(tmp_path / "r.parquet").columns == ["user", "rank", "item", "score", "fallback"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_failure_half_way_leaves_the_old_file(result, tmp_path, suffix):
+    def broken():
+        yield from result().chunks()
+        raise RuntimeError("disk on fire")
+
+    target = tmp_path / f"r.{suffix}"
+    target.write_text("old")
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        write_recommendations(broken(), target)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_targets_are_checked_before_work(tmp_path):
+    def never():
+        raise AssertionError("was asked for rows")
+        yield
+
+    for target, error, message in (
+        (tmp_path / "r.xlsx", ValueError, "'.xlsx'"),
+        (tmp_path / "r", ValueError, "no suffix"),
+        (tmp_path / "no" / "r.csv", FileNotFoundError, "no such directory"),
+    ):
+        with pytest.raises(error, match=message):
+            write_recommendations(never(), target)
+    with pytest.raises(ValueError, match="unknown output format 'xml'"):
+        write_recommendations(never(), "-", format="xml")

@@ -1,0 +1,183 @@
+"""Exported folders: what is in them, and that torch alone serves them."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cprec import checkpoint
+from cprec.data import PreparedData, prepare
+from cprec.exported import export, load
+from cprec.model import NextItNet, NextItNetConfig
+from cprec.run_folder import RunConfig, RunFolder
+from cprec.serving import recommend
+from cprec.training import TrainingConfig
+
+LENGTH = 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    names = [f'i{item} "ü"' for item in range(40)]  # ids that have to be quoted
+    lines = [", ".join(names[item] for item in rng.zipf(1.3, size=8) % 40) for _ in range(90)]
+    (folder / "log.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return prepare(folder / "log.txt", folder / "prepared", format="sequences")
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A run folder as training leaves it, with random weights."""
+    torch.manual_seed(0)
+    size = data.num_items
+    config = NextItNetConfig.from_plan(size, 8, [size // 6, size // 2], [8, 4, 2], dilations=(1, 2), dropout=0.3)
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "run")
+    run_config = RunConfig.of(data, config, TrainingConfig(length=LENGTH))
+    folder.begin(run_config, resume=False, overwrite=False)
+    folder.save_weights(run_config, NextItNet(config))
+    return folder.path
+
+
+@pytest.fixture
+def exported(run, tmp_path):
+    return export(run, tmp_path / "model")
+
+
+def test_an_export_gives_the_recommendations_of_the_run(data, run, exported):
+    catalogue = data.catalogue
+    histories = [catalogue.decode([1, 5, 2]), [], catalogue.decode([0, 1, 2, 3, 4, 6]), ["nobody knows me"]]
+    expected = [[] for _ in histories]
+    rows = recommend(checkpoint.load(run), catalogue, histories, k=4, length=LENGTH, warn_unknown=False)
+    for row in rows:
+        expected[int(row.user) - 1].append((row.item, row.score))
+    model = load(exported)
+    assert model.recommend(histories, k=4) == expected
+    assert model.length == LENGTH
+    allowed = catalogue.decode([7, 9])
+    assert {item for item, _ in model.recommend(histories[:1], candidates=allowed)[0]} == set(allowed)
+    assert model.recommend(histories[:1], k=99, exclude_seen=False)[0][0][1] > -20
+
+
+def test_the_folder_is_plain_files(data, exported):
+    assert {path.name for path in exported.iterdir()} == {
+        "config.json", "weights.safetensors", "items.jsonl", "README.txt",
+    }  # fmt: skip
+    lines = (exported / "items.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row[0] for row in rows] == data.catalogue.decode(list(range(data.num_items)))
+    assert [row[1] for row in rows] == np.asarray(data.counts).tolist()
+    assert "cprec.load" in (exported / "README.txt").read_text()
+    assert str(data.folder) not in (exported / "config.json").read_text()
+
+
+def test_topk_takes_item_numbers(exported):
+    model = load(exported)
+    histories = torch.tensor([[len(model.items), 1, 5, 2], [3, 3, 0, 4]])
+    scores, items = model.topk(histories, 3, exclude=histories)
+    wanted_scores, wanted_items = model.model.topk(histories, 3, exclude=histories)
+    assert torch.equal(items, wanted_items)
+    assert torch.equal(scores, wanted_scores)
+    assert not scores.requires_grad
+
+
+SERVE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"polars", "lightning", "rich", "safetensors", "matplotlib", "typer"}:
+            raise ImportError(f"{name} is not installed")
+
+sys.meta_path.insert(0, Blocked())
+import json
+from cprec.exported import load
+print(json.dumps(load(sys.argv[1]).recommend(json.loads(sys.argv[2]), k=3)))
+"""
+
+
+def test_torch_alone_serves_it(data, exported):
+    histories = [data.catalogue.decode([1, 5, 2]), []]
+    root = Path(__file__).parents[2]
+    process = subprocess.run(
+        [sys.executable, "-c", SERVE, str(exported), json.dumps(histories)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "python")])},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout)
+    for rows, wanted in zip(found, load(exported).recommend(histories, k=3), strict=True):
+        assert [item for item, _ in rows] == [item for item, _ in wanted]
+        np.testing.assert_allclose([score for _, score in rows], [score for _, score in wanted], rtol=1e-5)
+
+
+def test_misuse_of_a_loaded_model_is_explained(exported):
+    model = load(exported)
+    with pytest.raises(TypeError, match="wrap it"):
+        model.recommend(["item"])
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        model.recommend([[]], k=0)
+    with pytest.raises(ValueError, match="none of the candidates"):
+        model.recommend([[]], candidates=["nowhere"])
+
+
+def test_damaged_exports_are_named(run, exported):
+    items = exported / "items.jsonl"
+    lines = items.read_text(encoding="utf-8").splitlines(keepends=True)
+    for broken, message in (
+        ([*lines[:2], "[1, 2]\n", *lines[3:]], r"items\.jsonl:3: expected"),
+        ([*lines[:4], '["a", 1\n', *lines[5:]], r"items\.jsonl:5: expected"),
+        (lines[:-1], f"holds {len(lines) - 1} items, the model has {len(lines)}"),
+    ):
+        items.write_text("".join(broken), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            load(exported)
+    with pytest.raises(FileNotFoundError, match="cprec export"):
+        load(run)
+
+
+def test_existing_folders_are_replaced_only_when_they_are_exports(run, exported, tmp_path):
+    with pytest.raises(FileExistsError, match="overwrite it"):
+        export(run, exported)
+    before = (exported / "items.jsonl").stat().st_ino
+    export(run, exported, overwrite=True)
+    assert (exported / "items.jsonl").stat().st_ino != before
+    (exported / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not an earlier export"):
+        export(run, exported, overwrite=True)
+    assert (exported / "notes.txt").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="not an earlier export"):
+        export(run, run, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_moved_and_foreign_data(data, run, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(data.folder, moved)
+    export(run, tmp_path / "from-copy", data=moved)
+    assert PreparedData.open(moved).fingerprint == data.fingerprint
+    (tmp_path / "log.txt").write_text("a b c d\nb c d a\nd c b a\n" * 5)
+    other = prepare(tmp_path / "log.txt", tmp_path / "other", format="sequences")
+    with pytest.raises(ValueError, match="is not the data of this run"):
+        export(run, tmp_path / "wrong", data=other.folder)
+    with pytest.raises(FileNotFoundError, match="pass the folder where it is now"):
+        export(run, tmp_path / "wrong", data=tmp_path / "gone")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_run_without_weights_cannot_be_exported(data, tmp_path):
+    config = NextItNetConfig.from_plan(data.num_items, 8)
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(RunConfig.of(data, config, TrainingConfig()), resume=False, overwrite=False)
+    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+        export(folder.path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert dataclasses.asdict(RunConfig.read(folder.path).training) == TrainingConfig().to_dict()
