@@ -98,7 +98,9 @@ def python_modules() -> list[tuple[Path, str]]:
     return modules
 
 
-@pytest.mark.parametrize(("path", "module"), python_modules(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("path", "module"), python_modules(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_imports_point_one_way(path, module):
     layer = layer_of(module)
     for name in imports_of(path, module):

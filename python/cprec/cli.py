@@ -17,6 +17,7 @@ from cprec.cli_options import (
     Dim,
     Dropout,
     HeadBias,
+    Ids,
     JsonFile,
     KernelSize,
     Overwrite,
@@ -116,8 +117,15 @@ def prepare(
     split: Annotated[Split, typer.Option(help="How validation and test targets are held out.")] = Split.leave_one_out,
     valid_fraction: Annotated[float, typer.Option(help="Validation share, for splits by user or time.")] = 0.1,
     test_fraction: Annotated[float, typer.Option(help="Test share, for splits by user or time.")] = 0.1,
-    min_item_count: Annotated[int, typer.Option(help="Drop items with fewer interactions.")] = 1,
-    min_sequence_length: Annotated[int, typer.Option(help="Drop users with fewer interactions.")] = 1,
+    min_item_count: Annotated[
+        int | None, typer.Option(help="Drop items with fewer interactions. Default: 1; 5 for the amazon data sets.")
+    ] = None,
+    min_sequence_length: Annotated[
+        int | None, typer.Option(help="Drop users with fewer interactions. Default: 1; 5 for the amazon data sets.")
+    ] = None,
+    ids: Annotated[
+        Ids, typer.Option(help="Whether ids must be integers; auto: where nearly all are, the others are errors.")
+    ] = Ids.auto,
     cache: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the users of a split by user.")] = 0,
     overwrite: Overwrite = False,
@@ -139,18 +147,18 @@ def prepare(
     if out is None:
         raise typer.BadParameter("name the folder to write", param_hint="--out")
     options: dict[str, Any] = {
-        "user_column": user_column, "item_column": item_column, "time_column": time_column, "split": str(split),
-        "valid_fraction": valid_fraction, "test_fraction": test_fraction, "min_item_count": min_item_count,
-        "min_sequence_length": min_sequence_length, "seed": seed,
+        "format": format, "user_column": user_column, "item_column": item_column, "time_column": time_column,
+        "min_item_count": min_item_count, "min_sequence_length": min_sequence_length,
     }  # fmt: skip
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= {"split": str(split), "valid_fraction": valid_fraction, "test_fraction": test_fraction}
+    options |= {"seed": seed, "overwrite": overwrite, "ids": str(ids)}
     progress: Progress
     with _bars(quiet) as progress:
         if source is not None:
-            data = prepare_file(source, out, format=format, overwrite=overwrite, progress=progress, **options)
+            data = prepare_file(source, out, progress=progress, **options)
         else:
-            given = {name: value for name, value in options.items() if value is not None}
-            given |= {} if format is None else {"format": format}
-            data = prepare_dataset(str(dataset), out, cache=cache, overwrite=overwrite, progress=progress, **given)
+            data = prepare_dataset(str(dataset), out, cache=cache, progress=progress, **options)
     typer.echo(str(summarise(data)))
     typer.echo(f"\nnext: cprec train {out} --out RUN")
 

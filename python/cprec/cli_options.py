@@ -37,6 +37,14 @@ class Split(enum.StrEnum):
     time = "time"
 
 
+class Ids(enum.StrEnum):
+    """What raw ids may look like."""
+
+    auto = "auto"
+    text = "text"
+    integer = "integer"
+
+
 class Part(enum.StrEnum):
     """Held-out parts."""
 
@@ -111,9 +119,7 @@ def make_model_config(
 
     options["dilations"] = tuple(whole_numbers(options["dilations"], "--dilations"))
     cuts = [] if cutoffs in ("none", "") else _numbers(cutoffs, "--cutoffs")
-    if ranks is None:
-        columns = [max(1, dim >> 2 * j) for j in range(len(cuts) + 1)]
-    else:
-        columns = whole_numbers(ranks, "--ranks")
+    falling = [max(1, dim >> 2 * j) for j in range(len(cuts) + 1)]
+    columns = falling if ranks is None else whole_numbers(ranks, "--ranks")
     config = NextItNetConfig.from_plan(num_items, dim, cuts, columns, **options)
     return config.twin() if twin else config

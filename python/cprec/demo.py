@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from cprec.evaluation import Metrics
+
 TOP = 10
 MARKER = "comparison.json"
 NAMES = ("twin", "compressed")
@@ -80,7 +82,7 @@ def run_demo(
         },
     )  # fmt: skip
     plot_comparison(contenders, results, out / "comparison.png")
-    console.print(comparison_table(contenders, popularity.ndcg[TOP], popularity.hr[TOP], popularity.mrr[TOP]))
+    console.print(comparison_table(contenders, popularity))
     _show_users(console, models["compressed"], data, training.length)
     console.print(f"plots and runs: {out / 'comparison.png'}, {out / 'twin'}, {out / 'compressed'}")
     console.print("with your own data: cprec prepare FILE --out data; cprec train data --out run")
@@ -131,30 +133,24 @@ def _contender(name: str, result: RunResult, latency_ms: Sequence[float]) -> Con
     )  # fmt: skip
 
 
-def comparison_table(contenders: Sequence[Contender], ndcg: float, hr: float, mrr: float) -> Table:
+def comparison_table(contenders: Sequence[Contender], popularity: Metrics) -> Table:
     """The models side by side, with the popularity baseline's metrics last."""
     from rich import box
     from rich.table import Table
 
     table = Table(title="test set, all items ranked", box=box.SIMPLE_HEAD)
     table.add_column("")
-    headings = (
-        "parameters",
-        "compression",
-        "s / epoch",
-        f"HR@{TOP}",
-        f"NDCG@{TOP}",
-        f"MRR@{TOP}",
-        f"top-{TOP} ms (p20-p80)",
-    )
-    for heading in headings:
+    for heading in (*(contender.name for contender in contenders), "popularity"):
         table.add_column(heading, justify="right")
     largest = max(contender.parameters for contender in contenders)
-    for c in contenders:
-        latency = f"{c.latency_ms:.2f} ({c.latency_p20_ms:.2f}-{c.latency_p80_ms:.2f})"
-        cells = (f"{c.parameters:,}", f"{largest / c.parameters:.2f}x", f"{c.epoch_seconds:.1f}")
-        table.add_row(c.name, *cells, f"{c.hr:.4f}", f"{c.ndcg:.4f}", f"{c.mrr:.4f}", latency)
-    table.add_row("popularity", "0", "", "", f"{hr:.4f}", f"{ndcg:.4f}", f"{mrr:.4f}", "")
+    table.add_row("parameters", *(f"{c.parameters:,}" for c in contenders), "-")
+    table.add_row("compression", *(f"{largest / c.parameters:.2f}x" for c in contenders), "-")
+    table.add_row("seconds per epoch", *(f"{c.epoch_seconds:.1f}" for c in contenders), "-")
+    latencies = (f"{c.latency_ms:.2f} ({c.latency_p20_ms:.2f}-{c.latency_p80_ms:.2f})" for c in contenders)
+    table.add_row(f"top-{TOP} of one history, ms (p20-p80)", *latencies, "-")
+    table.add_row(f"HR@{TOP}", *(f"{c.hr:.4f}" for c in contenders), f"{popularity.hr[TOP]:.4f}")
+    table.add_row(f"NDCG@{TOP}", *(f"{c.ndcg:.4f}" for c in contenders), f"{popularity.ndcg[TOP]:.4f}")
+    table.add_row(f"MRR@{TOP}", *(f"{c.mrr:.4f}" for c in contenders), f"{popularity.mrr[TOP]:.4f}")
     return table
 
 

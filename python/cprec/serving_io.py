@@ -176,8 +176,9 @@ def write_recommendations(chunks: Iterable[Chunk], target: str | Path | IO[bytes
 
 
 def _write_csv(chunks: Iterable[Chunk], stream: IO[bytes]) -> int:
-    text = io.TextIOWrapper(stream, encoding="utf-8", newline="", write_through=False)
-    writer = csv.writer(text, lineterminator="\n")
+    # A buffer per chunk, not a text wrapper around the stream: that would close standard output when a chunk fails.
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
     rows = 0
     for chunk in chunks:
@@ -186,8 +187,10 @@ def _write_csv(chunks: Iterable[Chunk], stream: IO[bytes]) -> int:
             for user, rank, item, score, fallback in chunk.rows()
         )
         rows += len(chunk)
-    text.flush()
-    text.detach()
+        stream.write(buffer.getvalue().encode())
+        buffer.seek(0)
+        buffer.truncate()
+    stream.write(buffer.getvalue().encode())  # the header, when there was no chunk
     return rows
 
 

@@ -1,0 +1,227 @@
+"""The cprec command: the whole job on a small generated catalogue, and what wrong input leads to."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cprec
+from cprec import checkpoint
+from cprec.__main__ import main
+from cprec.data import generate, write_interactions
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Call ``cprec`` in this process; gives exit code, standard output and standard error."""
+
+    def call(*arguments, expect=0):
+        monkeypatch.setattr(sys, "argv", ["cprec", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+            code = 1 if isinstance(stop.code, str) else int(stop.code or 0)
+        out, err = capfd.readouterr()
+        assert code == expect, f"exit {code}\n{out}\n{err}"
+        return out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def interactions(tmp_path_factory):
+    """A text file of sequences."""
+    path = tmp_path_factory.mktemp("raw") / "interactions.txt"
+    return write_interactions(path, generate(300, 200, mean_length=10, seed=1))
+
+
+TINY = ("--dim", 16, "--epochs", 2, "--length", 8, "--dilations", "1,2", "--repeats", 1, "-q")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, interactions):
+    """Prepared data and a trained run."""
+    folder = tmp_path_factory.mktemp("work")
+    command = [sys.executable, "-m", "cprec"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for arguments in (
+        ["prepare", interactions, "-o", folder / "data", "-q"],
+        ["train", folder / "data", "-o", folder / "run", *TINY],
+    ):
+        result = subprocess.run(
+            [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_help_names_every_command(run):
+    out, _ = run("--help")
+    for command in ("demo", "prepare", "info", "train", "evaluate", "recommend", "export"):
+        assert f" {command} " in out
+    assert run("--version")[0].strip() == f"cprec {cprec.__version__}"
+
+
+def test_a_run_folder_holds_what_it_promises(trained):
+    names = {path.name for path in (trained / "run").iterdir()}
+    assert {"config.json", "weights.safetensors", "metrics.json", "curve.png", "logs"} <= names
+    assert (trained / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_info_counts_the_parameters_of_run_and_plan(run, trained):
+    out, _ = run("info", trained / "run")
+    assert "compression" in out
+    assert "twin" in out
+    report = json.loads(run("info", trained / "run", "--json", "-")[0])
+    assert report["parameters"] == sum(p.numel() for p in checkpoint.load(trained / "run").parameters())
+    assert report["compression"] == pytest.approx(report["twin_parameters"] / report["parameters"])
+    out, _ = run("info", trained / "data", "--twin", "--dim", 16)
+    assert "compression 1.00x" in out
+
+
+def test_evaluate_repeats_the_metrics_of_training(run, trained, tmp_path):
+    out, _ = run("evaluate", trained / "run", "-q", "--json", tmp_path / "report.json", "--topn", "5,10,20")
+    assert "NDCG@10" in out
+    assert "popul." in out
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    metrics = json.loads((trained / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert report == metrics["test"]
+
+
+def test_recommend_leaves_out_what_was_seen(run, trained, interactions, tmp_path):
+    histories = interactions.read_text(encoding="utf-8").splitlines()[:20]
+    (tmp_path / "histories.txt").write_text("\n".join([*histories, "no-such-item"]) + "\n", encoding="utf-8")
+    _, err = run("recommend", trained / "run", tmp_path / "histories.txt", "-o", tmp_path / "top.csv", "-k", 7, "-q")
+    assert "147 recommendations for 21 users" in err
+    assert "no-such-item" in err
+    with (tmp_path / "top.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for number, history in enumerate(histories, start=1):
+        items = [row["item"] for row in rows if row["user"] == str(number)]
+        assert len(set(items)) == 7
+        assert not set(items) & set(history.split())
+    out, _ = run("recommend", trained / "run", tmp_path / "histories.txt", "-k", 1, "-q", "--output-format", "jsonl")
+    assert json.loads(out.splitlines()[0])["rank"] == 1
+
+
+def test_recommend_reads_standard_input(trained, interactions):
+    line = interactions.read_text(encoding="utf-8").splitlines()[0]
+    result = subprocess.run(
+        [sys.executable, "-m", "cprec", "recommend", str(trained / "run"), "-k", "3", "-q"],
+        input=line + "\n", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 4
+
+
+def test_recommend_chooses_among_candidates(run, trained, interactions, tmp_path):
+    items = sorted(set(interactions.read_text(encoding="utf-8").split()))[:5]
+    (tmp_path / "allowed.txt").write_text("\n".join(items), encoding="utf-8")
+    (tmp_path / "one.jsonl").write_text('{"user": "u", "items": ["' + items[0] + '"]}\n', encoding="utf-8")
+    out, _ = run(
+        "recommend", trained / "run", tmp_path / "one.jsonl", "--candidates", tmp_path / "allowed.txt", "-k", 5, "-q"
+    )
+    assert {line.split(",")[2] for line in out.splitlines()[1:]} == set(items[1:])
+
+
+def test_export_loads_with_torch_alone(run, trained, interactions, tmp_path):
+    run("export", trained / "run", "-o", tmp_path / "model")
+    history = interactions.read_text(encoding="utf-8").split("\n", 1)[0].split()
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('polars', 'lightning', 'rich', 'typer', 'safetensors', 'matplotlib'):\n"
+        "            raise ImportError('blocked: ' + name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import cprec\n"
+        f"print(cprec.load({str(tmp_path / 'model')!r}).recommend([{history!r}], k=4))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    here = cprec.load(tmp_path / "model")
+    assert result.stdout.strip() == str(here.recommend([history], k=4))
+
+
+def test_train_resumes_and_refuses_to_overwrite(run, trained, tmp_path):
+    _, err = run("train", trained / "data", "-o", trained / "run", *TINY, expect=1)
+    assert "exists: resume it, overwrite it, or choose another folder" in err
+    out, _ = run("train", trained / "data", "-o", trained / "run", *TINY, "--resume")
+    assert "best of 2 epochs" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "{data}", "-o", "{new}", "--cutoffs", "0.2,0.05", "-q"], 1, "ascending"),
+        (["train", "{data}", "-o", "{new}", "--cutoffs", "0.05", "--ranks", "16,0", "--dim", "16"], 1, "ranks[1] = 0"),
+        (["train", "{data}", "-o", "{new}", "--ranks", "16,x,4"], 2, "'x' in '16,x,4' is not a number"),
+        (["train", "{data}", "-o", "{new}", "--dilations", "1.5"], 2, "1.5 in '1.5' is not a whole number"),
+        (["train", "{data}", "-o", "{new}", "--dropout", "1.5"], 1, "dropout = 1.5 is outside"),
+        (["train", "{data}", "-o", "{new}", "--lr", "0"], 1, "learning_rate must be above 0"),
+        (["train", "{raw}", "-o", "{new}"], 1, "{raw}"),
+        (["train", "{data}", "-o", "{new}", "--sharing", "some"], 2, "some"),
+        (["evaluate", "{data}"], 1, "{data}"),
+        (["evaluate", "{run}", "--topn", "0"], 1, "at least 1"),
+        (["recommend", "{run}", "{new}"], 1, "no such file of histories"),
+        (["recommend", "{run}", "{raw}", "-o", "{new}/top.csv"], 1, "no such directory"),
+        (["recommend", "{run}", "{raw}", "-o", "top.xlsx"], 1, "cannot tell the output format"),
+        (["recommend", "{run}", "{raw}", "-k", "0"], 1, "k must be at least 1"),
+        (["export", "{data}", "-o", "{new}"], 1, "{data}"),
+        (["prepare", "-o", "{new}"], 2, "give either a file or --dataset NAME"),
+        (["prepare", "{raw}"], 2, "name the folder to write"),
+        (["prepare", "{raw}", "-o", "{new}", "--format", "xml"], 1, "format must be one of"),
+        (["prepare", "{raw}", "-o", "{new}", "--split", "time"], 1, "a split by time needs timestamps"),
+        (["prepare", "{raw}", "-o", "{data}"], 1, "{data}"),
+        (["prepare", "--dataset", "netflix", "-o", "{new}"], 1, "unknown data set 'netflix'"),
+        (["info", "{raw}"], 1, "{raw}"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_sentence_and_writes_nothing(run, trained, interactions, tmp_path, arguments, code, message):
+    places = {"data": trained / "data", "run": trained / "run", "raw": interactions, "new": tmp_path / "new"}
+    before = sorted(path.name for path in tmp_path.iterdir())
+    _, err = run(*(argument.format(**places) for argument in arguments), expect=code)
+    flat = " ".join(err.replace("│", " ").split())
+    wanted = message.format(**places)
+    assert wanted in flat or wanted in err.replace("\n", "")
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_demo_compares_the_twin_and_the_compressed_model(run, tmp_path):
+    out, _ = run("demo", "--out", tmp_path / "demo", "--items", 400, "--users", 150, "--epochs", 1, "-q")
+    for word in ("twin", "compressed", "popularity", "compression", "NDCG@10", "seconds per epoch", "user 1: ..."):
+        assert word in out
+    figures = json.loads((tmp_path / "demo" / "comparison.json").read_text(encoding="utf-8"))
+    twin, compressed = figures["models"]
+    assert twin["parameters"] > compressed["parameters"]
+    assert (tmp_path / "demo" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("data", "twin", "compressed"):
+        assert (tmp_path / "demo" / name).is_dir()
+    _, err = run("demo", "--out", tmp_path / "demo", "-q", expect=1)
+    assert "pass --overwrite to run it again" in err
+
+
+def test_demo_leaves_foreign_folders_alone(run, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious", encoding="utf-8")
+    _, err = run("demo", "--out", tmp_path, "--overwrite", expect=1)
+    assert "holds thesis.tex, which is not of a demo" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_random_state_of_torch_survives_a_command(run, trained):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    run("info", trained / "run")
+    assert torch.equal(torch.rand(3), expected)
