@@ -3,19 +3,18 @@ PYTHON ?= python3
 # The torch to build against: any pip requirement, e.g. make test TORCH='torch==2.12.0'
 TORCH ?= torch==2.13.0
 DEMO ?= demo
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint format bench clean choice
+.PHONY: help setup demo test lint format clean choice
 help:
 	@echo "make demo    generate data, train the twin and the compressed model, compare them (folder: $(DEMO))"
 	@echo "make test    run the test suite"
 	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make bench   kernel microbenchmarks"
 	@echo "make setup   .venv with everything, extension built (demo and test do this by themselves)"
 	@echo "make format  rewrite sources as lint wants them;  make clean  remove .venv and build/"
 	@echo "TORCH='torch==X.Y.Z' chooses another torch, CPREC_BUILD=auto|cpu|cuda|none what is built"
@@ -45,10 +44,10 @@ $(VENV)/.native: $(VENV)/.tools $(NATIVE)
 setup: $(VENV)/.native
 
 demo: setup
-	$(BIN)/cprec demo --out $(DEMO)
+	$(BIN)/cprec demo --out $(DEMO) --overwrite
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -60,9 +59,6 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -type f)
-
-bench: setup
-	$(BIN)/python -m benchmarks run --op block_embedding --case all
 
 clean:
 	rm -rf $(VENV) build *.egg-info cprec_kernels/_C*.so cprec_kernels/_build_info.json

@@ -1,0 +1,73 @@
+"""The documents are true: the README's Python runs, its commands exist, nothing names a place of ours."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_python_in_the_readme_runs(capsys):
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), {})
+    assert "instead of 6400000" in capsys.readouterr().out
+
+
+def test_the_commands_in_the_readme_exist():
+    from typer.main import get_command
+
+    from cprec.cli import app
+
+    known = set(get_command(app).commands)
+    named = set(re.findall(r"^cprec (\w+)", "\n".join(blocks("sh")), re.MULTILINE))
+    assert named
+    assert named <= known
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"^make (\w+)", "\n".join(blocks("sh")), re.MULTILINE)) <= targets
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/gpu-status.md"])
+def test_links_between_documents_lead_somewhere(name):
+    path = ROOT / name
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{name} links to {target}"
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "\nmake lint\n" in script
+    assert script.rstrip().endswith("make test")
+
+
+def test_the_gpu_ledger_has_a_row_for_every_cuda_kernel():
+    ledger = (ROOT / "docs/gpu-status.md").read_text(encoding="utf-8")
+    for source in (ROOT / "csrc/cuda").glob("*.cu"):
+        assert f"csrc/cuda/{source.name}" in ledger
+
+
+def test_every_dependency_earns_its_line():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    named = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    for extra in project["project"]["optional-dependencies"].values():
+        named += extra
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").lower()
+    for requirement in named:
+        library = re.match(r"[a-z0-9-]+", requirement.lower()).group()
+        assert library in page, f"{library} is not in docs/architecture.md"
+
+
+def test_no_build_product_is_tracked():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout: an unpacked source archive has nothing to track")
+    assert not [name for name in listed.stdout.split() if name.endswith((".so", ".o", ".pyc", "_build_info.json"))]
