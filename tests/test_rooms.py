@@ -26,7 +26,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("room", "contents"), ROOMS.items(), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("room", "contents"), ROOMS.items(), ids=[folder for folder, _ in ROOMS])
 def test_every_stem_has_its_room_and_nothing_else_moved_in(room, contents):
     folder, suffix = room
     required, shared = contents
