@@ -15,7 +15,8 @@ py::dict build_config() {
   config["cuda_compiler"] = CPREC_CUDA_COMPILER;            // "" when nvcc was not there
   config["cuda_architectures"] = CPREC_CUDA_ARCHITECTURES;  // what csrc/cuda was compiled for
   py::list kernels;
-  kernels.append("block_embedding/cpu");
+  for (const char* name : {"block_embedding/cpu", "clustered_softmax/cpu", "clustered_softmax_backward/cpu"})
+    kernels.append(name);
 #ifdef CPREC_WITH_CUDA
   kernels.append("block_embedding/cuda");
 #endif

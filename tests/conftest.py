@@ -48,6 +48,14 @@ def backends() -> list[str]:
     return ["reference", *(f"native-{isa}" for isa in native_isas())]
 
 
+@pytest.fixture(params=native_isas())
+def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Native CPU kernels forced to one instruction set."""
+    _native.STATUS.module.set_cpu_isa(request.param)
+    yield request.param
+    _native.STATUS.module.set_cpu_isa(os.environ.get("CPREC_CPU_ISA") or "auto")
+
+
 @pytest.fixture(params=backends())
 def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Ops that have the backend run through it; the rest of the pipeline stays on its default."""

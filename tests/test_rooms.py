@@ -18,9 +18,12 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("cprec_kernels/ops", ".py"): (STEMS, {"__init__", "_library"}),
     ("cprec_kernels/nn", ".py"): ({"block_embedding", "clustered_softmax"}, {"__init__"}),
     ("cprec_kernels/_triton", ".py"): (set(), {"__init__", "configs", "common"}),
-    ("csrc/include/cprec", ".h"): ({"block_embedding"}, {"cpu", "dtype"}),
-    ("csrc/torch", ".cpp"): ({"block_embedding"}, set()),
-    ("csrc/cpu", ".h"): ({"block_embedding"}, {"half", "vec_scalar", "vec_avx2", "vec_avx512"}),
+    ("csrc/include/cprec", ".h"): ({"block_embedding", "clustered_softmax"}, {"cpu", "dtype"}),
+    ("csrc/torch", ".cpp"): ({"block_embedding", "clustered_softmax"}, set()),
+    ("csrc/cpu", ".h"): (
+        {"block_embedding", "clustered_softmax"},
+        {"half", "math", "vec_scalar", "vec_avx2", "vec_avx512"},
+    ),
     ("csrc/cuda", ".cu"): ({"block_embedding"}, set()),
     ("tests/ops", ".py"): ({f"test_{stem}" for stem in STEMS}, set()),
 }

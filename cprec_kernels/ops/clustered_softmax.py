@@ -130,8 +130,14 @@ def _unchecked(*args: Any) -> None:
     """For what only a checked forward can call."""
 
 
-_backend.register(FORWARD, _backend.reference(ref.clustered_softmax))
-_backend.register(BACKWARD, _backend.reference(ref.clustered_softmax_backward))
+# Narrower types are widened by the kernels, which compute in fp32.
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_backend.register(
+    FORWARD, _backend.native(FORWARD, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_softmax)
+)
+_backend.register(
+    BACKWARD, _backend.native(BACKWARD, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_softmax_backward)
+)
 _backend.register(SCORE, _backend.reference(ref.clustered_score))
 implement(FORWARD, _check, _check_values, anchor=0)
 implement(BACKWARD, _unchecked, _unchecked, anchor=2)

@@ -3,10 +3,18 @@
 #include "cpu/vec_avx2.h"
 // Vec and CPREC_ISA are set; the loop bodies follow.
 #include "cpu/block_embedding.h"
+#include "cpu/clustered_softmax.h"
 #include "cprec/cpu.h"
 
 namespace cprec {
 
-const CpuKernels kAvx2Kernels = {"avx2", avx2::block_embedding};
+const CpuKernels kAvx2Kernels = {
+    "avx2",
+    avx2::block_embedding,
+    avx2::softmax_lse,
+    avx2::softmax_grad,
+    avx2::softmax_lse_workspace,
+    avx2::softmax_grad_workspace,
+};
 
 }  // namespace cprec

@@ -3,10 +3,18 @@
 #include "cpu/vec_scalar.h"
 // Vec and CPREC_ISA are set; the loop bodies follow.
 #include "cpu/block_embedding.h"
+#include "cpu/clustered_softmax.h"
 #include "cprec/cpu.h"
 
 namespace cprec {
 
-const CpuKernels kScalarKernels = {"scalar", scalar::block_embedding};
+const CpuKernels kScalarKernels = {
+    "scalar",
+    scalar::block_embedding,
+    scalar::softmax_lse,
+    scalar::softmax_grad,
+    scalar::softmax_lse_workspace,
+    scalar::softmax_grad_workspace,
+};
 
 }  // namespace cprec

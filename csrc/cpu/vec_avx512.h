@@ -11,6 +11,8 @@ namespace cprec::CPREC_ISA {
 struct Vec {
   static constexpr int kWidth = 16;
   static constexpr int kColumnVectors = 4;  // 4 rows x 4 vectors: 16 accumulators of 32 registers
+  static constexpr int kTileRows = 12;      // 12 rows x 2 vectors: 24 accumulators
+  static constexpr int kTileVectors = 2;
   __m512 v;
 
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -34,6 +36,17 @@ struct Vec {
   void store_first(Float16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), narrow_f16()); }
 
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  // The larger; b where either is NaN.
+  static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+  float sum() const { return _mm512_reduce_add_ps(v); }
+  float maximum() const { return _mm512_reduce_max_ps(v); }
+
+  static Vec round(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  // a * 2^n for whole n in -126..127.
+  static Vec scale(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
  private:
   static Vec widen_bf16(__m256i half) {

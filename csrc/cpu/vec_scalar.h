@@ -10,6 +10,9 @@ namespace cprec::CPREC_ISA {
 struct Vec {
   static constexpr int kWidth = 1;
   static constexpr int kColumnVectors = 4;  // accumulators per row of a tile
+  static constexpr int kTileRows = 3;       // rows of a product's tile of kTileVectors vectors
+  static constexpr int kTileVectors = 2;
+  static constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23
   float v;
 
   static Vec zero() { return {0.0f}; }
@@ -31,6 +34,18 @@ struct Vec {
     store(p);
   }
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  static Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+  static Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+  // The larger; b where either is NaN, as the x86 instructions have it.
+  static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  static bool any_above(Vec a, Vec b) { return a.v > b.v; }
+  float sum() const { return v; }
+  float maximum() const { return v; }
+
+  // v = n + f with n whole and f in [-0.5, 0.5], for |v| < 2^22.
+  static Vec round(Vec x) { return {(x.v + kRoundShift) - kRoundShift}; }
+  // a * 2^n for whole n in -126..127.
+  static Vec scale(Vec a, Vec n) { return {a.v * as_float((as_bits(n.v + kRoundShift) << 23) + 0x3f800000u)}; }
 };
 
 }  // namespace cprec::CPREC_ISA

@@ -110,7 +110,7 @@ def test_forward_is_the_definition(case, epsilon):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_forward_accuracy(case, dtype, bias, poison):
+def test_forward_accuracy(case, dtype, bias, cpu_backend, poison):
     weights = make_softmax(case.partition, dtype, bias=bias)
     hidden, target = inputs(case.partition, dtype)
     args = (hidden.flatten(0, 1), target.flatten())
@@ -158,7 +158,7 @@ def test_chunks_do_not_change_the_result(case, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("epsilon", [0.0, 0.2])
-def test_gradients(case, dtype, epsilon):
+def test_gradients(case, dtype, epsilon, cpu_backend, poison):
     """Against autograd through the forward in fp64; the upstream gradient differs per token."""
     weights = make_softmax(case.partition, dtype)
     hidden, target = inputs(case.partition, dtype)
@@ -185,7 +185,7 @@ def test_gradients(case, dtype, epsilon):
         assert_accurate(a, b, t, dtype, f"gradient {i}")
 
 
-def test_only_needed_gradients_are_computed(case):
+def test_only_needed_gradients_are_computed(case, cpu_backend):
     weights = make_softmax(case.partition)
     hidden, target = inputs(case.partition)
     weights.weights[0].requires_grad_()
@@ -195,7 +195,7 @@ def test_only_needed_gradients_are_computed(case):
     assert all(leaf.grad is None for leaf in leaves(weights)[1:])
 
 
-def test_untouched_clusters_have_zero_gradients_not_none():
+def test_untouched_clusters_have_zero_gradients_not_none(cpu_backend):
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
     weights = cast(make_softmax(partition), torch.float32, requires_grad=True)
     hidden = torch.randn(3, 8)
@@ -290,7 +290,7 @@ def test_autocast_keeps_losses_in_fp32(dtype):
 # 7 strided and sliced inputs
 
 
-def test_strided_inputs():
+def test_strided_inputs(cpu_backend):
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
     weights = make_softmax(partition)
     hidden, target = inputs(partition, shape=(6, 10))
@@ -305,7 +305,7 @@ def test_strided_inputs():
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)])
-def test_empty_batch(case, shape):
+def test_empty_batch(case, shape, cpu_backend):
     weights = cast(make_softmax(case.partition), torch.float32, requires_grad=True)
     hidden = torch.zeros(*shape, case.partition.embedding_dim)
     target = torch.zeros(shape, dtype=torch.int64)
@@ -319,7 +319,7 @@ def test_empty_batch(case, shape):
     assert functional.clustered_score(hidden, items, weights).shape == (*shape, 3)
 
 
-def test_all_ignored(case):
+def test_all_ignored(case, cpu_backend):
     weights = cast(make_softmax(case.partition), torch.float32, requires_grad=True)
     hidden, target = inputs(case.partition)
     loss = functional.clustered_cross_entropy(hidden, torch.full_like(target, IGNORE), weights)
@@ -348,7 +348,7 @@ def test_one_hidden_state_without_a_batch():
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e4])
-def test_large_logits_stay_finite(scale):
+def test_large_logits_stay_finite(scale, cpu_backend):
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
     weights = cast(make_softmax(partition), torch.float32, requires_grad=True)
     hidden, target = inputs(partition)
@@ -359,7 +359,7 @@ def test_large_logits_stay_finite(scale):
     assert all(leaf.grad.isfinite().all() for leaf in leaves(weights))
 
 
-def test_nan_input_gives_nan_loss_not_a_crash():
+def test_nan_input_gives_nan_loss_not_a_crash(cpu_backend):
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
     hidden, target = inputs(partition)
     hidden[0, 0] = math.nan
@@ -401,7 +401,7 @@ def test_wrong_arguments_are_named():
 # 9 determinism
 
 
-def test_results_repeat_bit_for_bit(case):
+def test_results_repeat_bit_for_bit(case, cpu_backend):
     weights = cast(make_softmax(case.partition), torch.float32, requires_grad=True)
     hidden, target = inputs(case.partition, shape=(40, 20))
 
@@ -436,3 +436,45 @@ def test_the_form_without_counts_agrees(case, monkeypatch):
     for a, b in zip(run(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tokens_and_entries(dtype, cpu_backend, poison):
+    """More tokens than a gradient tile holds, more blocks than a partial sum, several slabs, ragged ends of all of them."""
+    partition = Partition(30_011, [1_501, 8_003], [48, 19, 6], 48)
+    weights = make_softmax(partition, dtype, logit_std=2.0)
+    hidden, target = inputs(partition, dtype, (1_301,))
+    upstream = torch.rand(1_301) - 0.3
+
+    def run(compute_dtype, function):
+        h = hidden.to(compute_dtype, copy=True).requires_grad_()
+        w = cast(weights, compute_dtype, requires_grad=True)
+        log_prob, uniform = function(h, w)
+        (0.9 * log_prob + 0.1 * uniform).backward(upstream.to(log_prob.dtype))
+        return [log_prob, uniform, *(leaf.grad for leaf in (h, *leaves(w)))]
+
+    def plain(h, w):
+        return ref.clustered_softmax(h, target, *w, IGNORE)[:2]
+
+    results = [run(torch.float64, plain), run(dtype, plain)]
+    ours = run(dtype, lambda h, w: functional.clustered_target_log_prob(h, target, w))
+    for i, (a, t, b) in enumerate(zip(ours, *results, strict=True)):
+        assert_accurate(a, b, t, dtype, f"result {i}")
+
+
+def test_the_kernels_do_not_depend_on_the_number_of_threads(cpu_isa):
+    """The reference makes no such promise: its products are the BLAS library's."""
+    partition = Partition(5_000, [100, 1_000], [64, 16, 4], 64)
+    weights = cast(make_softmax(partition), torch.float32, requires_grad=True)
+    hidden, target = inputs(partition, shape=(700,))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            loss = functional.clustered_cross_entropy(hidden, target, weights)
+            results.append([loss, *torch.autograd.grad(loss, [*weights.weights, *weights.tail_biases])])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

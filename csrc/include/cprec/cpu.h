@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cprec/block_embedding.h"
+#include "cprec/clustered_softmax.h"
 
 namespace cprec {
 
@@ -13,6 +14,11 @@ struct CpuKernels {
   const char* isa;
   // Tokens begin..end-1. Returns the position of the first id that is out of range, or -1; such rows are not written.
   std::int64_t (*block_embedding)(const BlockEmbeddingParams& params, std::int64_t begin, std::int64_t end);
+  void (*softmax_lse)(const SoftmaxLevel& level, const SoftmaxLseSlab& slab);
+  void (*softmax_grad)(const SoftmaxLevel& level, const SoftmaxGradSlab& slab);
+  // Floats of workspace that one slab of a level needs.
+  std::int64_t (*softmax_lse_workspace)(const SoftmaxLevel& level);
+  std::int64_t (*softmax_grad_workspace)(const SoftmaxLevel& level);
 };
 
 // One per translation unit in csrc/cpu/kernels_<isa>.cpp.
