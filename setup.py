@@ -78,29 +78,43 @@ class CMakeBuild(build_ext):
             raise SetupError(f"CPREC_BUILD={mode} is not one of {', '.join(MODES)}")
         package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "cprec_kernels"
         package.mkdir(parents=True, exist_ok=True)
-        for stale in package.glob("_C*.so"):
-            stale.unlink()
         info: dict[str, object] = {"mode": mode, "native": False}
         reason = "the package was built with CPREC_BUILD=none" if mode == "none" else missing_tool(mode)
         if not reason:
-            info.update(self.build_native(mode, package), native=True)
-        elif mode in ("auto", "none"):
+            # The usual way first; what auto mode tries when the toolchain is broken, after it.
+            for with_cuda in {"cpu": [False], "cuda": [True], "auto": [find_nvcc() is not None, False]}[mode]:
+                try:
+                    info.update(self.build_native(with_cuda, package), native=True)
+                    break
+                except subprocess.CalledProcessError as error:
+                    step = "configuring" if "-S" in error.cmd else "compiling"
+                    what = "the CUDA kernels" if with_cuda else "the C++ kernels"
+                    reason = f"{step} {what} failed (the messages are above); mend the toolchain and build again"
+                    print(f"cprec-kernels: {reason}", file=sys.stderr)
+        if not info["native"]:
+            if mode not in ("auto", "none"):
+                raise SetupError(reason)
             info["reason"] = reason
             print(f"cprec-kernels: pure-Python build: {reason}", file=sys.stderr)
-        else:
-            raise SetupError(reason)
+            for stale in package.glob("_C*.so"):
+                stale.unlink()
         (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
-    def build_native(self, mode: str, package: Path) -> dict[str, object]:
-        """Configure, build and install ``_C`` into ``package``; returns what to record."""
+    def build_native(self, with_cuda: bool, package: Path) -> dict[str, object]:
+        """Configure, build and install ``_C`` into ``package``; returns what to record.
+
+        Raises:
+            subprocess.CalledProcessError: CMake or the compiler failed; what was there before is untouched.
+        """
         import pybind11
         import torch
         from torch.utils.cpp_extension import include_paths
 
-        nvcc = find_nvcc() if mode in ("auto", "cuda") else None
+        nvcc = find_nvcc() if with_cuda else None
         link_cuda = nvcc is not None and torch.version.cuda is not None
         # One build folder per Python and torch: their flags differ, and a second run is incremental.
-        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}-torch{torch.__version__}"
+        variant = "cuda" if nvcc else "cpu"
+        build = ROOT / "build" / f"native-{variant}-{sys.implementation.cache_tag}-torch{torch.__version__}"
         build.mkdir(parents=True, exist_ok=True)
         cmake, ninja = str(find_tool("cmake")), str(find_tool("ninja"))
         library_dir = Path(torch.__file__).parent / "lib"
@@ -122,6 +136,8 @@ class CMakeBuild(build_ext):
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         subprocess.run([*configure, *(f"-D{name}={value}" for name, value in options.items())], check=True)
         subprocess.run([cmake, "--build", str(build)], check=True)
+        for stale in package.glob("_C*.so"):
+            stale.unlink()
         subprocess.run([cmake, "--install", str(build)], check=True)
         return {"torch": torch.__version__, "cuda": torch.version.cuda if link_cuda else None}
 

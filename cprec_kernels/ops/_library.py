@@ -11,6 +11,11 @@ from torch import Tensor
 from .. import _backend
 
 NAMESPACE = "cprec"
+if hasattr(torch.ops.cprec, "block_embedding"):
+    raise ImportError(
+        "cprec_kernels has registered its ops in this process already, and torch takes them once: "
+        "do not reload it or remove it from sys.modules; restart Python to pick up a change"
+    )
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -48,6 +53,17 @@ def fake(op: str, function: Callable[..., Any]) -> None:
 def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Register an op's derivative."""
     torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def not_twice_differentiable(op: str) -> None:
+    """Make differentiating a backward op a clear error; without this it would give a wrong graph or none."""
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{op.partition('_backward')[0]} is not twice differentiable: its backward has no derivative"
+        )
+
+    autograd(op, backward, lambda ctx, inputs, output: None)
 
 
 def autocast(op: str, rule: Callable[..., Any]) -> None:

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from .. import _backend
 from ..reference import block_embedding as ref
-from ._library import autocast, autograd, check_factors, check_ids, check_integers, define, fake, implement
+from ._library import (
+    autocast,
+    autograd,
+    check_factors,
+    check_ids,
+    check_integers,
+    define,
+    fake,
+    implement,
+    not_twice_differentiable,
+)
 
 # Schema
 
@@ -166,6 +176,8 @@ def keep(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | N
 
 
 autograd(FORWARD, _backward, _setup_context)
+not_twice_differentiable(BACKWARD)
+not_twice_differentiable(BACKWARD_SPARSE)
 
 # Autocast
 

@@ -25,6 +25,7 @@ from ._library import (
     define,
     fake,
     implement,
+    not_twice_differentiable,
 )
 from .block_embedding import keep
 
@@ -132,9 +133,7 @@ def _unchecked(*args: Any) -> None:
 
 # Narrower types are widened by the kernels, which compute in fp32.
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_backend.register(
-    FORWARD, _backend.native(FORWARD, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_softmax)
-)
+_backend.register(FORWARD, _backend.native(FORWARD, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_softmax))
 _backend.register(
     BACKWARD, _backend.native(BACKWARD, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_softmax_backward)
 )
@@ -154,7 +153,7 @@ def _log_prob(input: Tensor, *weights: Any) -> Tensor:
     return ref.clustered_log_prob(input, *weights)
 
 
-# It materialises (T, K) by definition and is made of torch's own ops: they bring derivative, fake and autocast along.
+# It materialises (T, K) by definition and is made of torch's own ops: they bring derivative and fake along.
 LIBRARY.impl(LOG_PROB, _log_prob, "CompositeImplicitAutograd")
 
 # Fake
@@ -232,6 +231,7 @@ def _backward(ctx: Any, grad_log_prob: Tensor, grad_uniform: Tensor, _head: Tens
 
 
 autograd(FORWARD, _backward, _setup_context)
+not_twice_differentiable(BACKWARD)
 
 # Autocast
 
@@ -242,6 +242,7 @@ def _autocast(overload: Any, dtype: torch.dtype, *args: Any) -> Any:
 
 
 autocast(FORWARD, _autocast)
+autocast(LOG_PROB, _autocast)
 autocast(SCORE, _autocast)
 
 # Public

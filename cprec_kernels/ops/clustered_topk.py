@@ -156,9 +156,17 @@ def clustered_topk(
 
     Raises:
         IndexError: an excluded or candidate item out of range.
-        TypeError: ids not int64, mixed dtypes.
-        ValueError: k out of range, shapes that do not fit, NaN or inf in the input, NaN scores.
+        TypeError: k not an int, exclude neither a tensor nor a pair, ids not int64, mixed dtypes.
+        ValueError: k out of range, shapes that do not fit; on the CPU also NaN or inf in the input and NaN scores. On
+            a device, which is not waited for, an item whose score is NaN is not found.
     """
+    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
+        raise TypeError(f"k must be an int, got {k!r}")
+    pair = isinstance(exclude, tuple) and len(exclude) == 2
+    if exclude is not None and not isinstance(exclude, Tensor) and not pair:
+        raise TypeError(
+            "exclude must be an int64 tensor (..., m), negative entries skipped, or a pair (offsets, items)"
+        )
     rows = as_rows(input)
     offsets: Tensor | None = None
     if isinstance(exclude, Tensor):
@@ -190,7 +198,8 @@ def clustered_rank(input: Tensor, target: Tensor, weights: Weights) -> Tensor:
     Raises:
         IndexError: a target out of range, with its place.
         TypeError: target not int64, mixed dtypes.
-        ValueError: shapes that do not fit together, NaN or inf in the input, NaN scores.
+        ValueError: shapes that do not fit together; on the CPU also NaN or inf in the input and NaN scores. On a
+            device, which is not waited for, an item whose score is NaN comes last.
     """
     check_leading(target, input, "target", 0)
     with torch.no_grad():

@@ -138,9 +138,10 @@ def clustered_softmax_backward(
         num_columns = level.weight.shape[0]
         weight = level.weight.to(wide)
         want_bias = level.bias is not None and (want_head_bias if level.index == 0 else want_tail_biases)
-        want_q = want_projections and level.projection is not None
         d_weight = torch.zeros(level.weight.shape, dtype=wide, device=input.device) if want_weights else None
-        d_q = torch.zeros_like(level.projection, dtype=wide) if want_q and level.projection is not None else None
+        d_q = None
+        if want_projections and level.projection is not None:
+            d_q = torch.zeros(level.projection.shape, dtype=wide, device=input.device)
         d_bias = torch.zeros(num_columns, dtype=wide, device=input.device) if want_bias else None
         for rows in row_chunks(index.numel(), num_columns):
             part, keep = index[rows], None if mask is None else mask[rows]

@@ -79,7 +79,7 @@ def clustered_topk(
     if candidates is not None:
         forbidden = torch.ones(num_items, dtype=torch.bool, device=input.device).index_fill_(0, candidates, False)
     for rows, log_prob in _log_prob_chunks(input, weights, projections, head_bias, tail_biases):
-        report_nan(log_prob, rows)
+        log_prob = without_nan(log_prob, rows)
         # One more column takes the exclusions that do not count.
         log_prob = torch.cat([log_prob, log_prob.new_full((log_prob.shape[0], 1), -torch.inf)], 1)
         if exclude is not None:
@@ -103,18 +103,22 @@ def clustered_rank(
     """0-based place (T,) int64 of every target: items that score higher, or the same with a smaller id."""
     rank = torch.empty_like(target)
     for rows, log_prob in _log_prob_chunks(input, weights, projections, head_bias, tail_biases):
-        report_nan(log_prob, rows)
+        log_prob = without_nan(log_prob, rows)
         own = log_prob.gather(1, target[rows, None])
         smaller_id = torch.arange(log_prob.shape[1], device=input.device) < target[rows, None]
         rank[rows] = ((log_prob > own) | ((log_prob == own) & smaller_id)).sum(1)
     return rank
 
 
-def report_nan(log_prob: Tensor, rows: slice) -> None:
-    """Raise ValueError when a chunk of scores holds NaN, naming the first row. Device tensors are not waited for."""
+def without_nan(log_prob: Tensor, rows: slice) -> Tensor:
+    """A chunk of scores that can be ordered. Raises ValueError for NaN on the CPU, naming the first row.
+
+    On a device, which is not waited for, an item whose score is NaN counts as impossible: last in rank, not found.
+    """
     if log_prob.device.type != "cpu":
-        return
+        return log_prob.masked_fill(log_prob.isnan(), -torch.inf)
     bad = log_prob.isnan().any(1)
     if bad.any():
         row = rows.start + int(bad.nonzero()[0])
         raise ValueError(f"scores of row {row} are NaN: the input row or the weights hold NaN or inf")
+    return log_prob

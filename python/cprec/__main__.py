@@ -6,11 +6,11 @@ import importlib.util
 import os
 import sys
 
-NEEDED = ("typer", "rich", "polars", "lightning", "safetensors", "matplotlib")
+NEEDED = ("typer", "rich", "polars", "lightning", "safetensors", "matplotlib", "tensorboard")
 
 
 def main() -> None:
-    """Run the command line; exits with 0, 1 for a reported failure, 2 for wrong usage, 130 when interrupted."""
+    """Run the command line; exits with 0, 1 for a reported failure, 2 for wrong usage, 130 or 143 when stopped."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         sys.exit(f"cprec: the command line needs {', '.join(missing)}; install with `pip install 'cprec-kernels[app]'`")
     from cprec.cli import app

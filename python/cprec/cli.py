@@ -72,6 +72,35 @@ def _write_json(target: Path | None, values: Any) -> None:
     write_json(target, values)
 
 
+def _check_json(target: Path | None) -> None:
+    """Refuse a place that cannot be written before the work is done, not after."""
+    if target is not None and str(target) != "-" and not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: no such directory to write {target.name} in")
+
+
+def _check_device(name: str | None) -> str | None:
+    """A device that is there."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}; leave it out to run on the CPU") from None
+    return name
+
+
+def _read_lines(path: Path, option: str) -> list[str]:
+    """The lines of a text file that are not blank, without the blanks around them."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {option} must be UTF-8 text, one item per line: {error}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def _bars(quiet: bool) -> Any:
     """A context manager that gives a ``Progress`` callback for the data layer, drawn on standard error."""
     from cprec.progress import staged_progress
@@ -189,17 +218,19 @@ def info(
     from cprec.data import PreparedData, summarise
     from cprec.report import parameter_table
 
+    _check_json(json_file)
     if (path / checkpoint.CONFIG_NAME).is_file():
         config, _ = checkpoint.read_config(path)
     else:
         data = PreparedData.open(path)
-        typer.echo(f"{summarise(data)}\n")
+        if str(json_file) != "-":
+            typer.echo(f"{summarise(data)}\n")
         config = make_model_config(
             data.num_items, dim, cutoffs, ranks, twin, dilations=dilations, repeats=repeats, kernel_size=kernel_size,
             block=str(block), sharing=str(sharing), head_bias=head_bias, tail_bias=tail_bias,
         )  # fmt: skip
     table = parameter_table(config)
-    if json_file is None or str(json_file) != "-":
+    if str(json_file) != "-":
         _print(table.render())
     _write_json(json_file, table.to_dict())
 
@@ -260,7 +291,7 @@ def train(
         length=length, batch_size=batch_size, epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay,
         warmup_steps=warmup_steps, gradient_clip=gradient_clip, precision="bf16-mixed" if bf16 else "32-true",
         patience=patience, seed=seed, accelerator=accelerator,
-        devices=int(devices) if devices.isdigit() else devices, strategy=strategy, workers=workers,
+        devices=int(devices) if devices.isdecimal() else devices, strategy=strategy, workers=workers,
         checkpoint_every=checkpoint_every,
     )  # fmt: skip
     compression = model_config.twin().num_parameters / model_config.num_parameters
@@ -295,6 +326,8 @@ def evaluate(
     from cprec.evaluation import evaluate as evaluate_model
     from cprec.run_folder import RunConfig
 
+    _check_json(json_file)
+    device = _check_device(device)
     config = RunConfig.read(run)
     cuts = whole_numbers(topn, "--topn")
     prepared = config.open_data(data)
@@ -302,7 +335,7 @@ def evaluate(
         checkpoint.load(run), prepared, str(split), length=config.training.length, batch_size=batch_size, topn=cuts,
         device=device, progress=not quiet,
     )  # fmt: skip
-    if json_file is None or str(json_file) != "-":
+    if str(json_file) != "-":
         _print(report.table())
     _write_json(json_file, report.to_dict())
 
@@ -339,7 +372,8 @@ def recommend(
     from cprec.serving_io import read_histories, write_recommendations
 
     check_output(out, output_format)
-    allowed = None if candidates is None else candidates.read_text(encoding="utf-8").split()
+    device = _check_device(device)
+    allowed = None if candidates is None else _read_lines(candidates, "--candidates")
     config = RunConfig.read(run)
     model = checkpoint.load(run)
     results = recommend_items(

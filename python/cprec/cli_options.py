@@ -118,8 +118,17 @@ def make_model_config(
     from cprec.model import NextItNetConfig
 
     options["dilations"] = tuple(whole_numbers(options["dilations"], "--dilations"))
+    if twin:
+        cutoffs, ranks = "none", None
     cuts = [] if cutoffs in ("none", "") else _numbers(cutoffs, "--cutoffs")
     falling = [max(1, dim >> 2 * j) for j in range(len(cuts) + 1)]
     columns = falling if ranks is None else whole_numbers(ranks, "--ranks")
-    config = NextItNetConfig.from_plan(num_items, dim, cuts, columns, **options)
-    return config.twin() if twin else config
+    try:
+        return NextItNetConfig.from_plan(num_items, dim, cuts, columns, **options)
+    except ValueError as error:
+        if "cutoffs" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}. --cutoffs {cutoffs} does not suit a catalogue of {num_items:,} items: choose others, or "
+            "--cutoffs none for one cluster"
+        ) from None

@@ -13,6 +13,8 @@ import pytest
 import torch
 from setuptools import find_packages
 
+from cprec_kernels import _native
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -64,16 +66,36 @@ def test_cuda_without_its_parts_is_an_error(tmp_path):
     assert f"CPREC_BUILD=cuda needs a torch with CUDA, and torch {torch.__version__} has none" in result.stderr
 
 
+def test_auto_survives_a_broken_nvcc_and_a_broken_compiler(tmp_path):
+    """A toolchain that is there and does not work: first without CUDA, then without native code."""
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    broken.chmod(0o755)
+    result = build(tmp_path, CPREC_BUILD="auto", CXX=str(broken), CUDACXX=str(broken))
+    assert result.returncode == 0, result.stderr
+    assert "configuring the CUDA kernels failed" in result.stderr
+    assert "configuring the C++ kernels failed" in info_in(tmp_path)["reason"]
+    result = build(tmp_path, CPREC_BUILD="cpu", CXX=str(broken))
+    assert result.returncode != 0
+    assert "configuring the C++ kernels failed (the messages are above)" in result.stderr
+
+
+def test_a_source_distribution_holds_the_sources(tmp_path):
+    subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path)], cwd=ROOT, check=True)
+    listed = next(tmp_path.glob("*.egg-info/SOURCES.txt")).read_text(encoding="utf-8").split()
+    for path in [*(ROOT / "csrc").rglob("*.*"), ROOT / "CMakeLists.txt", ROOT / "setup.py"]:
+        assert path.relative_to(ROOT).as_posix() in listed
+
+
 def test_an_unknown_mode_is_an_error(tmp_path):
     result = build(tmp_path, CPREC_BUILD="gpu")
     assert result.returncode != 0
     assert "CPREC_BUILD=gpu is not one of auto, cpu, cuda, none" in result.stderr
 
 
+@pytest.mark.skipif(_native.STATUS.intended, reason="this package was built with CPREC_BUILD=none")
 def test_cuda_sources_were_compiled_where_nvcc_is():
     """The nvcc path is real on machines without a GPU too: CI has nvcc and must have used it."""
-    from cprec_kernels import _native
-
     config = _native.STATUS.module.build_config()
     spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
@@ -82,4 +104,4 @@ def test_cuda_sources_were_compiled_where_nvcc_is():
         assert config["cuda_compiler"] == ""
     else:
         assert config["cuda_compiler"].startswith("nvcc ")
-        assert config["cuda_architectures"] == "80-real,90"
+        assert config["cuda_architectures"] == "80,90"

@@ -89,6 +89,35 @@ def test_info_counts_the_parameters_of_run_and_plan(run, trained):
     assert "compression 1.00x" in out
 
 
+def test_info_of_a_plan_as_json_is_json_alone(run, trained):
+    plan = json.loads(run("info", trained / "data", "--dim", 16, "--json", "-")[0])
+    assert plan["compression"] > 1
+
+
+def test_a_catalogue_too_small_to_cut_says_what_to_do(run, tmp_path):
+    (tmp_path / "tiny.txt").write_text("a b c d\nb c d e\nc d e f\n", encoding="utf-8")
+    run("prepare", tmp_path / "tiny.txt", "-o", tmp_path / "tiny", "-q")
+    _, err = run("info", tmp_path / "tiny", expect=1)
+    assert "--cutoffs none for one cluster" in err
+    assert "compression 1.00x" in run("info", tmp_path / "tiny", "--twin")[0]
+    assert "compression 1.00x" in run("info", tmp_path / "tiny", "--cutoffs", "none")[0]
+
+
+def test_candidates_are_lines_not_words(run, tmp_path):
+    (tmp_path / "raw.csv").write_text(
+        "user,item\n" + "".join(f"u{u},item {(u + s) % 12}\n" for u in range(20) for s in range(5)), encoding="utf-8"
+    )
+    run("prepare", tmp_path / "raw.csv", "-o", tmp_path / "data", "-q")
+    run("train", tmp_path / "data", "-o", tmp_path / "run", *TINY, "--cutoffs", "4", "--epochs", 1)
+    (tmp_path / "allowed.txt").write_text("\ufeffitem 3\n\nitem 4\n", encoding="utf-8")
+    (tmp_path / "one.jsonl").write_text('{"items": ["item 1"]}\n', encoding="utf-8")
+    arguments = ("recommend", tmp_path / "run", tmp_path / "one.jsonl", "-q", "--candidates", tmp_path / "allowed.txt")
+    assert {line.split(",")[2] for line in run(*arguments)[0].splitlines()[1:]} == {"item 3", "item 4"}
+    (tmp_path / "allowed.txt").write_bytes(b"caf\xe9\n")
+    _, err = run(*arguments, expect=1)
+    assert "allowed.txt: --candidates must be UTF-8 text" in err.replace("\n", "")
+
+
 def test_evaluate_repeats_the_metrics_of_training(run, trained, tmp_path):
     out, _ = run("evaluate", trained / "run", "-q", "--json", tmp_path / "report.json", "--topn", "5,10,20")
     assert "NDCG@10" in out
@@ -185,6 +214,12 @@ def test_train_resumes_and_refuses_to_overwrite(run, trained, tmp_path):
         (["prepare", "{raw}", "-o", "{data}"], 1, "{data}"),
         (["prepare", "--dataset", "netflix", "-o", "{new}"], 1, "unknown data set 'netflix'"),
         (["info", "{raw}"], 1, "{raw}"),
+        (["info", "{data}", "--json", "{new}/x.json"], 1, "no such directory to write x.json in"),
+        (["info", "{data}", "--cutoffs", "300"], 1, "--cutoffs none for one cluster"),
+        (["evaluate", "{run}", "--json", "{new}/x.json"], 1, "no such directory to write x.json in"),
+        (["evaluate", "{run}", "--batch-size", "0"], 1, "batch_size"),
+        (["evaluate", "{run}", "--device", "warp"], 1, "--device warp cannot be used here"),
+        (["train", "{data}", "-o", "{new}", "--devices", "²"], 1, "²"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_sentence_and_writes_nothing(run, trained, interactions, tmp_path, arguments, code, message):

@@ -105,6 +105,18 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *args: functional.block_embedding(ids, args[:3], args[3:]), leaves)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_second_derivative_is_refused_clearly(sparse):
+    partition = Partition(12, [2, 5], [4, 3, 1], 4)
+    tables, projections = make_embedding(partition)
+    projections[0].requires_grad_()
+    out = functional.block_embedding(torch.tensor([3, 11]), tables, projections, sparse=sparse)
+    upstream = torch.ones_like(out, requires_grad=True)
+    (first,) = torch.autograd.grad(out, projections[0], upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="block_embedding is not twice differentiable"):
+        first.sum().backward()
+
+
 # 4 opcheck
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cprec_kernels import Partition, functional
+from cprec_kernels import Partition, functional, use_backend
 from cprec_kernels.functional import Weights
 from cprec_kernels.reference import clustered_softmax as ref
 from cprec_kernels.testing import assert_accurate, make_softmax, make_targets
@@ -225,6 +225,17 @@ def test_gradcheck():
     )
 
 
+def test_a_second_derivative_is_refused_clearly(cpu_backend):
+    partition = Partition(100, [10, 50], [8, 4, 2], 8)
+    weights = cast(make_softmax(partition), torch.float32, requires_grad=True)
+    hidden, target = inputs(partition)
+    hidden.requires_grad_()
+    loss = functional.clustered_cross_entropy(hidden, target, weights)
+    (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="clustered_softmax is not twice differentiable"):
+        first.sum().backward()
+
+
 # 4 opcheck
 
 
@@ -243,6 +254,16 @@ def test_opcheck(case, bias):
             torch.ops.cprec.clustered_softmax_backward.default,
             (torch.randn(20), torch.randn(20), *args, *lse, IGNORE, mask),
         )
+    # Fake and real results must agree in strides for parameters that are not contiguous, too.
+    transposed = plain._replace(
+        weights=[w.T.contiguous().T for w in plain.weights], projections=[p.T.contiguous().T for p in plain.projections]
+    )
+    for backend in ("auto", "reference"):
+        with use_backend(backend):
+            torch.library.opcheck(
+                torch.ops.cprec.clustered_softmax_backward.default,
+                (torch.randn(20), torch.randn(20), args[0], target, *transposed.args(), *lse, IGNORE, [True] * 5),
+            )
     items = torch.randint(case.partition.num_items, (20, 3))
     torch.library.opcheck(torch.ops.cprec.clustered_score.default, (hidden.detach(), items, *plain.args()))
 
@@ -282,8 +303,10 @@ def test_autocast_keeps_losses_in_fp32(dtype):
         loss = functional.clustered_cross_entropy(hidden.to(dtype), target, weights)  # dtypes may differ here
         loss.backward()
         assert functional.clustered_score(hidden, target.clamp(min=0)[..., None], weights).dtype == torch.float32
-    assert loss.dtype == torch.float32
+        log_prob = functional.clustered_log_prob(hidden.to(dtype), weights)
+    assert loss.dtype == log_prob.dtype == torch.float32
     assert torch.equal(loss, expected)
+    assert torch.equal(log_prob, functional.clustered_log_prob(hidden.to(dtype), narrow))
     assert all(leaf.grad.dtype == torch.float32 for leaf in leaves(weights))
 
 

@@ -212,6 +212,10 @@ def test_wrong_arguments_are_named():
     topk = functional.clustered_topk
     with pytest.raises(ValueError, match=r"k = 101 is outside 0..100"):
         topk(hidden, 101, weights)
+    with pytest.raises(TypeError, match=r"k must be an int, got 3.0"):
+        topk(hidden, 3.0, weights)
+    with pytest.raises(TypeError, match=r"exclude must be an int64 tensor \(..., m\)"):
+        topk(hidden, 1, weights, exclude=[[1], [2]])
     with pytest.raises(ValueError, match="k = -1"):
         topk(hidden, -1, weights)
     with pytest.raises(IndexError, match=r"candidates\[1\] = 100"):
@@ -283,3 +287,12 @@ def test_memory_is_bounded_whatever_the_number_of_rows(monkeypatch):
     functional.clustered_topk(torch.randn(200, 32), 3, weights)
     assert max(largest) <= 5000
     assert sum(largest) == 2 * 200 * 500
+
+
+def test_where_nobody_waits_a_nan_score_is_never_found():
+    """The meaning of NaN on devices, which cannot raise: such items are not found, and nothing is read out of bounds."""
+    scores = torch.tensor([[-1.0, math.nan, -2.0]], device="meta")
+    assert ref.without_nan(scores, slice(0, 1)).device.type == "meta"  # not asked for its values
+    values, items = ref._largest(torch.tensor([[-1.0, -math.inf, -2.0]]), 3)
+    assert items.tolist() == [[0, 2, -1]]
+    assert values[0, 2] == -math.inf

@@ -1,0 +1,97 @@
+"""Every op on CUDA tensors against fp64 on the CPU. Deselected unless asked for: ``pytest -m gpu`` on a machine with one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cprec_kernels import functional
+from cprec_kernels.functional import Weights
+from cprec_kernels.reference import block_embedding as ref_embedding
+from cprec_kernels.reference import clustered_softmax as ref_softmax
+from cprec_kernels.testing import (
+    assert_accurate,
+    assert_same_items,
+    make_embedding,
+    make_ids,
+    make_softmax,
+    make_targets,
+)
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IGNORE = -100
+
+
+def on(device, weights, dtype=None, requires_grad=False):
+    """A copy of the weights on a device, as leaves if wanted."""
+
+    def leaf(tensor):
+        return None if tensor is None else tensor.detach().to(device, dtype, copy=True).requires_grad_(requires_grad)
+
+    tables, projections, head_bias, tail_biases = weights
+    return Weights(
+        [leaf(w) for w in tables], [leaf(p) for p in projections], leaf(head_bias), [leaf(b) for b in tail_biases]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_embedding(case, dtype):
+    tables, projections = make_embedding(case.partition, dtype)
+    ids = make_ids(case.partition)
+    truth = ref_embedding.block_embedding(ids, [t.double() for t in tables], [p.double() for p in projections])
+    base = ref_embedding.block_embedding(ids, tables, projections)
+    leaves = [[t.cuda().requires_grad_() for t in group] for group in (tables, projections)]
+    out = functional.block_embedding(ids.cuda(), *leaves)
+    assert out.dtype == dtype
+    assert_accurate(out, base, truth, dtype)
+    out.backward(torch.ones_like(out))
+    expected = ref_embedding.block_embedding_backward(
+        torch.ones_like(truth), ids, [t.double() for t in tables], [p.double() for p in projections], None, (True, True)
+    )
+    base_gradients = ref_embedding.block_embedding_backward(
+        torch.ones_like(base), ids, tables, projections, None, (True, True)
+    )
+    for group, base_group, true_group in zip(leaves, base_gradients, expected, strict=True):
+        for leaf, b, t in zip(group, base_group, true_group, strict=True):
+            assert_accurate(leaf.grad, b, t, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clustered_softmax(case, dtype):
+    weights = make_softmax(case.partition, dtype)
+    target = make_targets(case.partition, (63,))
+    hidden = torch.randn(63, case.partition.embedding_dim).to(dtype)
+    truth = ref_softmax.clustered_softmax(hidden.double(), target, *on("cpu", weights, torch.float64), IGNORE)
+    base = ref_softmax.clustered_softmax(hidden, target, *weights, IGNORE)
+    there = on("cuda", weights, requires_grad=True)
+    ours = functional.clustered_target_log_prob(hidden.cuda(), target.cuda(), there)
+    for a, b, t in zip(ours, base, truth, strict=False):
+        assert_accurate(a, b, t, dtype)
+    ours[0].sum().backward()
+    assert all(w.grad.isfinite().all() for w in (*there.weights, *there.projections))
+
+
+def test_topk_and_rank(case):
+    weights = make_softmax(case.partition)
+    hidden = torch.randn(9, case.partition.embedding_dim)
+    log_prob = functional.clustered_log_prob(hidden.double(), on("cpu", weights, torch.float64))
+    there = on("cuda", weights)
+    k = min(10, case.partition.num_items)
+    scores, items = functional.clustered_topk(hidden.cuda(), k, there)
+    assert_same_items(items.cpu(), scores.cpu(), log_prob, 1e-4)
+    assert (functional.clustered_rank(hidden.cuda(), items[:, k - 1], there) == k - 1).all()
+
+
+def test_a_training_step_never_waits_for_the_device(case):
+    weights = on("cuda", make_softmax(case.partition), requires_grad=True)
+    embedding = [[t.cuda().requires_grad_() for t in group] for group in make_embedding(case.partition)]
+    ids, target = make_ids(case.partition).cuda(), make_targets(case.partition).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        hidden = functional.block_embedding(ids, *embedding)
+        functional.clustered_cross_entropy(hidden, target, weights, label_smoothing=0.1).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(w.grad is not None for w in (*weights.weights, *embedding[0]))
