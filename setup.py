@@ -114,7 +114,9 @@ class CMakeBuild(build_ext):
         link_cuda = nvcc is not None and torch.version.cuda is not None
         # One build folder per Python and torch: their flags differ, and a second run is incremental.
         variant = "cuda" if nvcc else "cpu"
-        build = ROOT / "build" / f"native-{variant}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+        # An editable build keeps its objects, so that the next one is incremental.
+        base = ROOT / "build" if self.inplace or self.editable_mode else Path(self.build_temp).resolve()
+        build = base / f"native-{variant}-{sys.implementation.cache_tag}-torch{torch.__version__}"
         build.mkdir(parents=True, exist_ok=True)
         cmake, ninja = str(find_tool("cmake")), str(find_tool("ninja"))
         library_dir = Path(torch.__file__).parent / "lib"
@@ -134,7 +136,11 @@ class CMakeBuild(build_ext):
         if nvcc:
             options["CMAKE_CUDA_COMPILER"] = nvcc
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        subprocess.run([*configure, *(f"-D{name}={value}" for name, value in options.items())], check=True)
+        try:
+            subprocess.run([*configure, *(f"-D{name}={value}" for name, value in options.items())], check=True)
+        except subprocess.CalledProcessError:
+            shutil.rmtree(build)  # what CMake remembers of a broken compiler would spoil the next configuration
+            raise
         subprocess.run([cmake, "--build", str(build)], check=True)
         for stale in package.glob("_C*.so"):
             stale.unlink()

@@ -22,7 +22,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("csrc/torch", ".cpp"): ({"block_embedding", "clustered_softmax"}, set()),
     ("csrc/cpu", ".h"): (
         {"block_embedding", "clustered_softmax"},
-        {"half", "math", "vec_scalar", "vec_avx2", "vec_avx512"},
+        {"half", "math", "transpose_x86", "vec_scalar", "vec_avx2", "vec_avx512"},
     ),
     ("csrc/cuda", ".cu"): ({"block_embedding"}, set()),
     ("tests/ops", ".py"): ({f"test_{stem}" for stem in STEMS}, set()),

@@ -28,11 +28,8 @@ static_assert(kTokenPad % Vec::kTileRows == 0 && kRankPad % kTile == 0 && kGradT
 // Entries first..first+count-1 transposed into packed[k][kBlock], with their biases; the rest of the block is empty.
 static inline void pack_block(const SoftmaxLevel& level, int64_t first, int64_t count, float* packed, float* bias) {
   const int64_t rank = level.rank;
-  for (int64_t i = 0; i < count; ++i) {
-    const float* row = level.weight + (first + i) * rank;
-    for (int64_t k = 0; k < rank; ++k) packed[k * kBlock + i] = row[k];
-    bias[i] = level.bias == nullptr ? 0.0f : level.bias[first + i];
-  }
+  transpose(level.weight + first * rank, rank, count, rank, packed, kBlock);
+  for (int64_t i = 0; i < count; ++i) bias[i] = level.bias == nullptr ? 0.0f : level.bias[first + i];
   for (int64_t i = count; i < kBlock; ++i) {
     for (int64_t k = 0; k < rank; ++k) packed[k * kBlock + i] = 0.0f;
     bias[i] = kNoEntry;
@@ -219,14 +216,13 @@ static inline void add_bias_gradient(const float* tile, int64_t tokens, Vec (&bi
 static void store_weight_gradient(const SoftmaxLevel& level, int64_t first, int64_t count, const float* rows,
                                   float* d_weight) {
   const int64_t rank = level.rank;
-  for (int64_t i = 0; i < count; ++i) {
-    float* out = d_weight + (first + i) * rank;
-    if (wide_rank(level)) {
-      memcpy(out, rows + i * level.rank_stride, static_cast<size_t>(rank) * sizeof(float));
-    } else {
-      for (int64_t k = 0; k < rank; ++k) out[k] = rows[k * kBlock + i];
-    }
+  float* out = d_weight + first * rank;
+  if (!wide_rank(level)) {
+    transpose(rows, kBlock, rank, count, out, rank);
+    return;
   }
+  for (int64_t i = 0; i < count; ++i)
+    memcpy(out + i * rank, rows + i * level.rank_stride, static_cast<size_t>(rank) * sizeof(float));
 }
 
 static void softmax_grad(const SoftmaxLevel& level, const SoftmaxGradSlab& slab) {

@@ -58,4 +58,18 @@ static inline void multiply_add(int64_t depth, const float* a, int64_t row_strid
     for (int n = 0; n < N; ++n) sums[m][n].store(out + m * out_stride + n * Vec::kWidth);
 }
 
+// out[c * out_stride + r] = in[r * in_stride + c] for any number of rows and columns.
+static inline void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out,
+                             int64_t out_stride) {
+  const int64_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
+  for (int64_t r = 0; r < whole_rows; r += 8) {
+    for (int64_t c = 0; c < whole_columns; c += 8)
+      transpose_8x8(in + r * in_stride + c, in_stride, out + c * out_stride + r, out_stride);
+    for (int64_t c = whole_columns; c < columns; ++c)
+      for (int64_t i = r; i < r + 8; ++i) out[c * out_stride + i] = in[i * in_stride + c];
+  }
+  for (int64_t r = whole_rows; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) out[c * out_stride + r] = in[r * in_stride + c];
+}
+
 }  // namespace cprec::CPREC_ISA

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "cpu/half.h"
+#include "cpu/transpose_x86.h"
 
 namespace cprec::CPREC_ISA {
 

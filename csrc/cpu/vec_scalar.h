@@ -48,4 +48,10 @@ struct Vec {
   static Vec scale(Vec a, Vec n) { return {a.v * as_float((as_bits(n.v + kRoundShift) << 23) + 0x3f800000u)}; }
 };
 
+// out[c * out_stride + r] = in[r * in_stride + c] for r, c in 0..7.
+static inline void transpose_8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  for (int r = 0; r < 8; ++r)
+    for (int c = 0; c < 8; ++c) out[c * out_stride + r] = in[r * in_stride + c];
+}
+
 }  // namespace cprec::CPREC_ISA
