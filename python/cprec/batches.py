@@ -19,17 +19,14 @@ class BatchedDataset(Protocol):
     def __getitems__(self, indices: list[int], /) -> Any: ...
 
 
-def _as_fetched(batch: Any) -> Any:
-    """The dataset already returns whole batches."""
-    return batch
-
-
 def _loader(dataset: BatchedDataset, batches: Sampler[list[int]], workers: int, pin_memory: bool) -> DataLoader[Any]:
+    from cprec.data import collate  # here: evaluation and serving are imported without polars
+
     # a generator of its own keeps the loader from drawing from (and so moving) the global random state
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,
-        collate_fn=_as_fetched,
+        collate_fn=collate,
         num_workers=workers,
         generator=torch.Generator().manual_seed(0),
         pin_memory=pin_memory,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from cprec import checkpoint
 from cprec.data import EvaluationWindows, PreparedData, prepare_synthetic
-from cprec.files import atomic_write, read_json, write_json
+from cprec.files import atomic_write, is_leftover, read_json, write_json
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.progress import staged_progress
 from cprec.ranking import top_items
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from cprec.evaluation import Metrics
 
 TOP = 10
-MARKER = "comparison.json"
+MARKER = ".cprec-demo"  # written first of all, so that a demo that was stopped can be told from a user's folder
+FIGURES = "comparison.json"
 NAMES = ("twin", "compressed")
 
 
@@ -51,7 +54,8 @@ def run_demo(
     """Generate, train both, evaluate both, print, and leave everything in ``out``.
 
     Raises:
-        FileExistsError: ``out`` holds something and ``overwrite`` is False, or it is not an earlier demo.
+        FileExistsError: ``out`` holds something that is not of a demo, or a finished demo and ``overwrite`` is False. A
+            demo that was stopped is started again.
         ValueError: sizes too small to cut into clusters.
     """
     from rich.console import Console
@@ -74,7 +78,7 @@ def run_demo(
     contenders = [_contender(name, results[name], latencies[name]) for name in NAMES]
     popularity = results["twin"].test.popularity
     write_json(
-        out / MARKER,
+        out / FIGURES,
         {
             "models": [dataclasses.asdict(contender) for contender in contenders],
             "popularity": popularity.to_dict(),
@@ -90,19 +94,40 @@ def run_demo(
 
 
 def _claim(out: Path, overwrite: bool) -> None:
-    """Make ``out``, unless it holds something that is not ours to replace."""
-    contents = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
-    ours = {"data", *NAMES, MARKER, "comparison.png"}
+    """Make and mark ``out``, unless it holds something that is not ours to replace."""
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; name a folder")
-    if foreign := sorted(contents - ours):
+        raise FileExistsError(f"{out} is a file; name a folder with --out")
+    contents = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+    ours = {"data", *NAMES, FIGURES, "comparison.png", MARKER}
+    leftovers = {name for name in contents if is_leftover(name, ours)}
+    if foreign := sorted(contents - ours - leftovers):
         raise FileExistsError(f"{out} holds {foreign[0]}, which is not of a demo; choose another folder with --out")
-    if contents and not overwrite and (out / MARKER).is_file():
+    if contents - leftovers and MARKER not in contents:
         raise FileExistsError(
-            f"{out} holds a demo from before (its figures are in {out / MARKER}); "
+            f"{out} holds {min(contents - leftovers)} but no {MARKER}, so it is not a folder that a demo made; "
+            "choose another one with --out"
+        )
+    if (name := _data_name(out / "data")) not in (None, "synthetic"):
+        raise FileExistsError(
+            f"{out / 'data'} holds the prepared data {name!r}, which is not of a demo; "
+            "move it away, or choose another folder with --out"
+        )
+    if FIGURES in contents and not overwrite:
+        raise FileExistsError(
+            f"{out} holds a demo from before (its figures are in {out / FIGURES}); "
             "pass --overwrite to run it again, or another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / MARKER, {"written by": "cprec demo"})
+    for name in leftovers:
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+
+
+def _data_name(folder: Path) -> str | None:
+    """The name in a prepared folder; None where there is none to read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(read_json(folder / "meta.json", "prepared data")["name"])
+    return None
 
 
 def measure_latency(
@@ -195,8 +220,3 @@ def plot_comparison(contenders: Sequence[Contender], results: dict[str, RunResul
     axes[3].legend(frameon=False)
     with atomic_write(path) as stream:
         figure.savefig(stream, format="png", dpi=130)
-
-
-def read_comparison(out: Path) -> Any:
-    """The figures that a demo left. Raises FileNotFoundError when ``out`` is not a demo."""
-    return read_json(out / MARKER, "a demo")

@@ -214,9 +214,14 @@ def rank_targets(
     """The model's 0-based rank of every hidden item of a split, and the hidden items: two (N,) int64 arrays.
 
     The model is put in evaluation mode for the while, on ``device`` if given.
+
+    Raises:
+        ValueError: the model is for another catalogue, or ``batch_size`` is below 1.
     """
     from cprec.data import EvaluationWindows
 
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 history at a time, got {batch_size}")
     if data.num_items != model.config.num_items:
         raise ValueError(
             f"the model ranks {model.config.num_items:,} items but {data.folder} holds {data.num_items:,}: "
@@ -296,7 +301,8 @@ def evaluate(
         progress: show a bar on standard error.
 
     Raises:
-        ValueError: the model is for another catalogue, or ``topn`` is empty or holds a value below 1.
+        ValueError: the model is for another catalogue, ``batch_size`` is below 1, or ``topn`` is empty or holds a value
+            below 1.
     """
     topn = check_topn(topn)
     ranks, targets = rank_targets(

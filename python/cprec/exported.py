@@ -20,6 +20,7 @@ from torch import Tensor
 from cprec import checkpoint
 from cprec.model import NextItNet
 from cprec.ranking import popularity_scores, top_items
+from cprec.serving_io import refuse_string
 
 ITEMS_NAME = "items.jsonl"
 README_NAME = "README.txt"
@@ -69,17 +70,17 @@ class ExportedModel:
 
         Raises:
             ValueError: k below 1, or no candidate is known.
-            TypeError: a string was given for a history or for the histories.
+            TypeError: a string was given for a history, for the histories or for the candidates.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         encoded = []
         for history in histories:
-            if isinstance(history, str):
-                raise TypeError(f"a history is a list of item ids, got the string {history!r}: wrap it, [[...], ...]")
+            refuse_string(history, "a history")
             encoded.append(self.encode(history))
         allowed = None
         if candidates is not None:
+            refuse_string(candidates, "a whitelist")
             allowed = torch.tensor(sorted(set(self.encode(candidates))), dtype=torch.int64)
             if not len(allowed):
                 raise ValueError("none of the candidates is an item of this model")
@@ -184,8 +185,9 @@ def export(
         known = {checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, ITEMS_NAME, README_NAME}
         if not out.is_dir() or {entry.name for entry in out.iterdir()} != known:
             raise FileExistsError(f"{out} is not an earlier export and is left as it is: choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = out.parent / f".{out.name}.{uuid4().hex}.tmp"
+    place = out.resolve()  # a link stays a link
+    place.parent.mkdir(parents=True, exist_ok=True)
+    stage = place.parent / f".{place.name}.{uuid4().hex}.tmp"
     try:
         checkpoint.save(
             stage,
@@ -200,9 +202,22 @@ def export(
             for name, count in zip(names, catalogue.counts.tolist(), strict=True):
                 file.write(json.dumps([name, count], ensure_ascii=False) + "\n")
         (stage / README_NAME).write_text(README, encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        stage.rename(out)
+        _swap(stage, place)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return out
+
+
+def _swap(stage: Path, out: Path) -> None:
+    """Give ``stage`` the name ``out``; an earlier folder of that name goes last, and comes back if the renaming fails."""
+    old = stage.with_suffix(".old")
+    if not out.exists():
+        stage.rename(out)
+        return
+    out.rename(old)
+    try:
+        stage.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

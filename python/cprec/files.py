@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,16 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_leftover(name: str, of: Iterable[str]) -> bool:
+    """Whether ``name`` is a temporary of a write of one of the files or folders ``of`` that was killed half-way.
+
+    The names are those that :func:`atomic_write`, :mod:`cprec.checkpoint` and :mod:`cprec.data` give, and no wider:
+    what this says yes to is deleted.
+    """
+    names = "|".join(map(re.escape, of))
+    return re.fullmatch(rf"\.({names})\.([a-z0-9_]{{8}}|([0-9a-f]{{8}}|[0-9a-f]{{32}})\.(tmp|old))", name) is not None
 
 
 def write_json(path: Path, values: Any) -> None:

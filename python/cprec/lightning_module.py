@@ -182,6 +182,14 @@ class TrainingModule(pl.LightningModule):
         """Raise NonFiniteLossError if a loss of this epoch was not finite."""
         if self._first_bad is None or (step := int(self._first_bad)) < 0:
             return
+        raise self._diverged("the loss is", "at", step)
+
+    def check_parameters(self) -> None:
+        """Raise NonFiniteLossError if the last step, whose own loss was still finite, ruined the parameters."""
+        if not bool(torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all()):
+            raise self._diverged("the parameters are", "after", self.global_step - 1)
+
+    def _diverged(self, what: str, when: str, step: int) -> NonFiniteLossError:
         config = self.config
         rate = config.learning_rate * warmup_factor(step, config.warmup_steps)
         advice = ["a lower learning rate"]
@@ -190,8 +198,8 @@ class TrainingModule(pl.LightningModule):
         advice.append(f"gradient clipping (now {config.gradient_clip or 'off'})")
         if config.precision != "32-true":
             advice.append(f"precision 32-true (now {config.precision})")
-        raise NonFiniteLossError(
-            f"the loss is not finite at step {step} (epoch {self.current_epoch + 1}, learning rate {rate:g}). "
+        return NonFiniteLossError(
+            f"{what} not finite {when} step {step} (epoch {self.current_epoch + 1}, learning rate {rate:g}). "
             f"Try {', '.join(advice)}",
             step,
         )
@@ -215,13 +223,21 @@ class TrainingModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.check_loss()
+        self.check_parameters()
         self._clock = None  # validation is not training time
         self._ranks = []
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         history, target, _ = batch
         with torch.autocast(history.device.type, enabled=False):  # bf16 scores would tie
-            self._ranks.append(self.model.rank(history, target))
+            try:
+                self._ranks.append(self.model.rank(history, target))
+            except ValueError as error:
+                # finite parameters may be so large that the hidden states, which rank refuses then, are not finite
+                if bool(self.model(history).isfinite().all()):
+                    raise
+                step = self.global_step - 1
+                raise self._diverged("the model's hidden states are", "after", step) from error
 
     def on_validation_epoch_end(self) -> None:
         ranks = torch.cat(self._ranks).cpu().numpy() if self._ranks else np.zeros(0, dtype=np.int64)
@@ -288,8 +304,10 @@ class TrainingModule(pl.LightningModule):
 class TrainingStates(Checkpoint):
     """Saves the whole training state within and after every epoch, and the weights whenever validation improves."""
 
-    def __init__(self, state: Path, every: int, save_best: Callable[[NextItNet], None]) -> None:
-        self.state, self.every, self.save_best = state, every, save_best
+    def __init__(
+        self, state: Path, every: int, save_best: Callable[[NextItNet], None], after_save: Callable[[], None]
+    ) -> None:
+        self.state, self.every, self.save_best, self.after_save = state, every, save_best, after_save
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -299,7 +317,8 @@ class TrainingStates(Checkpoint):
         inside = batch_idx + 1 < trainer.num_training_batches
         if self.every and inside and trainer.global_step % self.every == 0:
             pl_module.check_loss()
-            trainer.save_checkpoint(self.state)
+            pl_module.check_parameters()
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
@@ -309,7 +328,12 @@ class TrainingStates(Checkpoint):
             if trainer.is_global_zero:
                 self.save_best(pl_module.model)
             trainer.strategy.barrier("best weights")
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.state)
+        if trainer.is_global_zero:
+            self.after_save()
 
 
 class TrainingBar(TQDMProgressBar):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cprec import checkpoint
-from cprec.files import write_json
+from cprec.files import is_leftover, write_json
 
 if TYPE_CHECKING:
     from cprec.data import PreparedData
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from cprec.training import EpochRecord, TrainingConfig
 
 OWN_NAMES = {"config.json", "weights.safetensors", "last", "metrics.json", "curve.png", "logs"}
+REPLACED = ".replaced-run"  # holds an earlier run until the one that replaces it has a state
 
 
 def versions() -> dict[str, str]:
@@ -129,6 +131,7 @@ class RunFolder:
         self.config = path / "config.json"
         self.metrics = path / "metrics.json"
         self.state = path / "last" / "state.ckpt"
+        self.resumed = False
 
     def begin(self, run: RunConfig, *, resume: bool, overwrite: bool) -> None:
         """Make the folder, or take over an earlier one as asked; config.json is in it afterwards.
@@ -140,7 +143,9 @@ class RunFolder:
 
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other")
+        self.resumed = resume
         if resume:
+            self._settle()
             if not self.config.is_file():
                 raise FileNotFoundError(f"{self.path}: no run to resume there; start it without resume")
             earlier = RunConfig.read(self.path)
@@ -156,31 +161,114 @@ class RunFolder:
                     "Pass the same values, or start another run"
                 )
         elif self.path.exists():
-            contents = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else {"a file"}
-            if not overwrite and contents:
-                raise FileExistsError(f"{self.path} exists: resume it, overwrite it, or choose another folder")
-            contents = {name for name in contents if not name.startswith(".")}  # left by a write that was killed
-            if contents:
-                try:
-                    RunConfig.read(self.path)
-                except ValueError as error:
+            self._check_replaceable(overwrite)
+        if overwrite:
+            self._set_aside()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            write_json(self.config, run.to_dict())
+        except BaseException:
+            self.drop_if_empty()
+            raise
+
+    def _check_replaceable(self, overwrite: bool) -> None:
+        """Raise FileExistsError unless the folder is empty, or may be overwritten and holds nothing but a run."""
+        contents = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else {"a file"}
+        if not overwrite and contents:
+            raise FileExistsError(f"{self.path} exists: resume it, overwrite it, or choose another folder")
+        contents = {name for name in contents if not self._is_leftover(name)}
+        if self._has_replaced():
+            contents.remove(REPLACED)
+        if contents:
+            try:
+                RunConfig.read(self.path)
+            except ValueError as error:
+                # a run that was killed while it was set aside or put back has its config.json in either place
+                if not self._has_replaced():
                     raise FileExistsError(f"{self.path} is not a run and is not overwritten: {error}") from error
-                if foreign := sorted(contents - OWN_NAMES):
-                    raise FileExistsError(
-                        f"{self.path} holds files that are not of a run ({', '.join(foreign[:3])}): "
-                        "it is not overwritten; move them or choose another folder"
-                    )
-                shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        for place in (self.path, self.state.parent):
-            for leftover in place.glob(".*.*"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        write_json(self.config, run.to_dict())
+            if foreign := sorted(contents - OWN_NAMES):
+                raise FileExistsError(
+                    f"{self.path} holds files that are not of a run ({', '.join(foreign[:3])}): "
+                    "it is not overwritten; move them or choose another folder"
+                )
+
+    def _is_leftover(self, name: str) -> bool:
+        return is_leftover(name, {*OWN_NAMES, self.path.resolve().name})  # checkpoint.save stages by the folder's name
+
+    def _remove_leftovers(self) -> None:
+        """Delete the temporaries of writes that were killed, and nothing else."""
+        found = [entry for entry in self.path.iterdir() if self._is_leftover(entry.name)]
+        if self.state.parent.is_dir():
+            found += [entry for entry in self.state.parent.iterdir() if is_leftover(entry.name, [self.state.name])]
+        for entry in found:
+            _remove(entry)
+
+    # Replacing an earlier run. It is moved into a hidden folder within its own: no name beside the run folder is needed
+    # and the folder itself may be a mount point, a link or the working directory. The order of the moves tells, after
+    # a kill, how far they came: REPLACED holds a config.json exactly while the earlier run is in there as a whole.
+
+    def _has_replaced(self) -> bool:
+        place = self.path / REPLACED
+        return place.is_dir() and not place.is_symlink() and {entry.name for entry in place.iterdir()} <= OWN_NAMES
+
+    def _settle(self) -> None:
+        """Finish what a kill cut short: forgetting the earlier run, moving it away or putting it back."""
+        if not self._has_replaced():
+            return
+        if self.state.is_file():
+            self.forget_replaced()
+        elif not (self.path / REPLACED / self.config.name).is_file() or not self.config.is_file():
+            self._put_back()
+
+    def _set_aside(self) -> None:
+        """Move an earlier run out of the way. One that is there already is kept, not a successor without a state."""
+        self._settle()
+        if self._has_replaced():
+            self._put_back()
+        if not self.config.is_file():
+            return
+        place = self.path / REPLACED
+        place.mkdir()
+        try:
+            for name in sorted(OWN_NAMES, key=lambda name: (name == self.config.name, name != "last")):
+                if (self.path / name).exists():
+                    (self.path / name).rename(place / name)
+        except BaseException:
+            self._put_back()
+            raise
+
+    def _put_back(self) -> None:
+        """Undo :meth:`_set_aside`, whatever came of the new run."""
+        place = self.path / REPLACED
+        if (place / self.config.name).is_file():
+            for name in OWN_NAMES:
+                _remove(self.path / name)
+        for name in sorted(OWN_NAMES, key=lambda name: (name != self.config.name, name == "last")):
+            if (place / name).exists():
+                (place / name).rename(self.path / name)
+        place.rmdir()
+
+    def forget_replaced(self) -> None:
+        """Delete the run that this one replaces: from now on there is something to resume here."""
+        if self._has_replaced():
+            shutil.rmtree(self.path / REPLACED)
 
     def drop_if_empty(self) -> None:
-        """Remove the folder when training failed before there was anything to resume or use."""
-        if not self.state.is_file():
-            shutil.rmtree(self.path, ignore_errors=True)
+        """When training failed before there was anything to resume or use: remove what it wrote, and only that.
+
+        A run that was to be overwritten is there again afterwards.
+        """
+        if self.state.is_file() or self.resumed or not self.path.is_dir():
+            return
+        if self._has_replaced():
+            self._put_back()
+            return
+        for name in OWN_NAMES:
+            _remove(self.path / name)
+        self._remove_leftovers()
+        with contextlib.suppress(OSError):  # somebody else's files are in it
+            self.path.rmdir()
 
     def history(self) -> list[EpochRecord]:
         """Epochs of the last saved state; empty without one."""
@@ -195,3 +283,10 @@ class RunFolder:
     def save_weights(self, run: RunConfig, model: NextItNet) -> None:
         """Write weights.safetensors, atomically."""
         checkpoint.save(self.path, model, extra=run.sections())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

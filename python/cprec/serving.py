@@ -12,7 +12,7 @@ import torch
 
 from cprec.progress import progress_bar
 from cprec.ranking import popularity_scores, top_items
-from cprec.serving_io import COLUMNS, History, read_histories, write_recommendations
+from cprec.serving_io import COLUMNS, History, read_histories, refuse_string, write_recommendations
 
 if TYPE_CHECKING:
     from cprec.data import Catalogue
@@ -115,8 +115,9 @@ def encode_candidates(catalogue: Catalogue, candidates: Iterable[str]) -> torch.
     """A whitelist of raw ids as ascending item numbers, (c,) int64. Unknown ones are reported and ignored.
 
     Raises:
-        ValueError: not one of them is in the catalogue.
+        ValueError: not one of them is in the catalogue. TypeError: a plain string was given.
     """
+    refuse_string(candidates, "a whitelist")
     names = list(dict.fromkeys(candidates))
     numbers = [int(number) for number in catalogue.encode(names)]
     unknown = UnknownItems()
@@ -164,7 +165,10 @@ def recommend(
 
     Raises:
         ValueError: k, length or batch_size below 1, model and catalogue of different sizes, no known candidate.
+        TypeError: a plain string for the histories, a history (found when it is its turn) or the candidates.
     """
+    if isinstance(histories, str):
+        raise TypeError(f"histories is a list of lists of item ids, got the string {histories!r}: wrap it, [[...]]")
     for name, value in (("k", k), ("length", length), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -181,10 +185,7 @@ def recommend(
     unknown = UnknownItems()
 
     def chunks() -> Iterator[Chunk]:
-        numbered = (
-            history if isinstance(history, History) else History(str(position), list(history))
-            for position, history in enumerate(histories, start=1)
-        )
+        numbered = itertools.starmap(_history, enumerate(histories, start=1))
         with progress_bar("recommending", None, progress) as advance:
             while users := list(itertools.islice(numbered, max(batch_size, ENCODE_USERS))):
                 encoded = _encode(catalogue, users, unknown)
@@ -217,6 +218,12 @@ def recommend(
 
     result = Recommendations(chunks(), unknown)
     return result
+
+
+def _history(position: int, history: Sequence[str] | History) -> History:
+    items = history.items if isinstance(history, History) else history
+    refuse_string(items, "a history")
+    return history if isinstance(history, History) else History(str(position), list(items))
 
 
 def _encode(catalogue: Catalogue, users: list[History], unknown: UnknownItems) -> list[list[int]]:

@@ -29,6 +29,12 @@ class History(NamedTuple):
     items: list[str]
 
 
+def refuse_string(ids: object, what: str) -> None:
+    """Raise TypeError for a plain string where item ids are expected: its characters would pass for ids."""
+    if isinstance(ids, str):
+        raise TypeError(f"{what} is a list of item ids, got the string {ids!r}: wrap it, [...]")
+
+
 def read_histories(source: str | Path | IO[bytes], *, format: HistoryFormat | None = None) -> Iterator[History]:
     """Read histories one by one; nothing is kept in memory.
 

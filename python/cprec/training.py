@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ class TrainingStateError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a model is trained.
+    """How a model is trained. The defaults are those of ``cprec train``; that command also gives the model a dropout of
+    0.2, where :class:`~cprec.model.NextItNetConfig` has none unless told.
 
     Args:
         length: items the model sees, L; windows hold L + 1.
@@ -65,14 +67,14 @@ class TrainingConfig:
     """
 
     length: int = 20
-    batch_size: int = 256
+    batch_size: int = 128
     epochs: int = 20
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup_steps: int = 0
     gradient_clip: float = 1.0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    patience: int = 5
+    patience: int = 3
     seed: int = 0
     accelerator: str = "auto"
     devices: int | str = "auto"
@@ -220,7 +222,8 @@ def train(
         out: the run folder. Must not exist, unless ``resume`` or ``overwrite``.
         resume: go on from the last saved state; a finished run is returned as it is, unless ``config`` allows more
             epochs.
-        overwrite: replace an earlier run there; a folder that is not a run is refused all the same.
+        overwrite: replace an earlier run there; a folder that is not a run is refused all the same. The earlier run goes
+            when the new one saves its first state, and stays if that does not come about.
         progress: show a bar (on a terminal) or a line per epoch (elsewhere) on standard error.
 
     Returns:
@@ -228,9 +231,11 @@ def train(
 
     Raises:
         FileExistsError: ``out`` exists; FileNotFoundError: nothing to resume.
-        ValueError: the model is for another catalogue; on resuming, data or configuration differ from the run's.
+        ValueError: the model is for another catalogue; accelerator, devices or strategy are not to be had here; on
+            resuming, data or configuration differ from the run's.
         NonFiniteLossError: the loss became infinite or NaN; the last sound state stays, or nothing if there was none.
         TrainingStateError: the state to resume from is damaged.
+        KeyboardInterrupt, SystemExit: on SIGINT, and on SIGTERM with code 143. The last saved state stays.
     """
     if model_config.num_items != data.num_items:
         raise ValueError(
@@ -271,6 +276,7 @@ def train(
 def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool) -> torch.device:
     """Run Lightning's loop to the end; the outcome is in the folder. Returns the main device."""
     import lightning.pytorch as pl
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
     from cprec.lightning_module import (
@@ -289,34 +295,59 @@ def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool) 
     bars = progress_callbacks(progress)
     announce = functools.partial(announce_epoch, config.epochs) if progress and not bars else None
     module = TrainingModule(NextItNet(run.model), data, config, announce)
-    callbacks: list[Any] = [
-        TrainingStates(folder.state, config.checkpoint_every, functools.partial(folder.save_weights, run)),
-        *bars,
-    ]
+    states = TrainingStates(
+        folder.state, config.checkpoint_every, functools.partial(folder.save_weights, run), folder.forget_replaced
+    )
+    callbacks: list[Any] = [states, *bars]
     if config.patience:
         callbacks.append(Patience(config.patience))
-    trainer = pl.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        strategy=config.strategy,
-        precision=config.precision,
-        max_epochs=config.epochs,
-        gradient_clip_val=config.gradient_clip or None,
-        logger=[
-            CSVLogger(folder.path / "logs", name="csv"),
-            TensorBoardLogger(folder.path / "logs", name="tensorboard"),
-        ],
-        callbacks=callbacks,
-        plugins=[SafeCheckpointIO()],
-        enable_progress_bar=bool(bars),
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        log_every_n_steps=LOG_STEPS,
-        default_root_dir=folder.path,
-    )
-    trainer.fit(module, ckpt_path=folder.state if folder.state.is_file() else None)
+    try:
+        trainer = pl.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            strategy=config.strategy,
+            precision=config.precision,
+            max_epochs=config.epochs,
+            gradient_clip_val=config.gradient_clip or None,
+            logger=[
+                CSVLogger(folder.path / "logs", name="csv"),
+                TensorBoardLogger(folder.path / "logs", name="tensorboard"),
+            ],
+            callbacks=callbacks,
+            plugins=[SafeCheckpointIO()],
+            enable_progress_bar=bool(bars),
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            log_every_n_steps=LOG_STEPS,
+            default_root_dir=folder.path,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ValueError(
+            f"accelerator {config.accelerator!r} with devices {config.devices!r} and strategy {config.strategy!r} "
+            f"cannot be used here: {' '.join(str(error).split()).rstrip('.!')}. "
+            "Choose others: accelerator 'cpu', devices 1 and strategy 'auto' work everywhere"
+        ) from error
+    with _stopped_by_signals(folder, trainer):
+        trainer.fit(module, ckpt_path=folder.state if folder.state.is_file() else None)
     return torch.device(trainer.strategy.root_device)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(folder: RunFolder, trainer: Any) -> Iterator[None]:
+    """Tell people and callers that a signal stopped the loop: Lightning exits with 0 on SIGTERM and with 1 on SIGINT."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    try:
+        yield
+    except SystemExit as stop:
+        terminated = isinstance(stop, SIGTERMException)
+        if not terminated and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        if trainer.is_global_zero:
+            saved = folder.state.is_file()
+            print("stopped; go on with --resume" if saved else "stopped before a state was saved", file=sys.stderr)
+        raise SystemExit(143) if terminated else KeyboardInterrupt from None
 
 
 def _finish(

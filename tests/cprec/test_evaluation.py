@@ -139,3 +139,10 @@ def test_another_catalogue_and_impossible_cut_offs_are_refused(data, model):
     for topn in ((), (0, 5)):
         with pytest.raises(ValueError, match="topn"):
             evaluate(model, data, length=5, topn=topn)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_impossible_batch_sizes_are_named(data, model, batch_size):
+    for call in (evaluate, rank_targets):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1 .* got {batch_size}"):
+            call(model, data, "test", length=5, batch_size=batch_size)

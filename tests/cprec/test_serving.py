@@ -16,6 +16,7 @@ from cprec.ranking import pad_exclude, pad_left
 from cprec.serving import (
     History,
     UnknownItemsWarning,
+    encode_candidates,
     read_histories,
     recommend,
     write_recommendations,
@@ -141,6 +142,24 @@ def test_impossible_requests_are_refused_before_work(model, catalogue):
             recommend(model, catalogue, [], **{"length": LENGTH, **options})
     with pytest.raises(ValueError, match="the model knows 5 items"):
         recommend(NextItNet(NextItNetConfig.from_plan(5, 8)), catalogue, [], length=LENGTH)
+
+
+def test_plain_strings_do_not_pass_for_lists_of_ids(model, catalogue):
+    for histories in ("i1", ["i1"], [["i1"], "i2"], [History("u", "i1")]):
+        with pytest.raises(TypeError, match=r"got the string 'i\d': wrap it"):
+            list(recommend(model, catalogue, histories, length=LENGTH))
+    with pytest.raises(TypeError, match="a whitelist is a list of item ids, got the string 'i1'"):
+        recommend(model, catalogue, [["i1"]], length=LENGTH, candidates="i1")
+
+
+def test_candidates_become_ascending_item_numbers(catalogue):
+    names = catalogue.decode([7, 0, 3])
+    with pytest.warns(UnknownItemsWarning, match="ignored 2 items in the candidates .*'nowhere', 'x'"):
+        numbers = encode_candidates(catalogue, iter([*names, "nowhere", names[0], "x", "nowhere"]))
+    assert numbers.dtype == torch.int64
+    assert numbers.tolist() == [0, 3, 7]
+    with pytest.raises(ValueError, match=r"none of the 2 candidates .* the first is 'nowhere'"):
+        encode_candidates(catalogue, ["nowhere", "x"])
 
 
 # Reading histories

@@ -123,6 +123,8 @@ def test_misuse_of_a_loaded_model_is_explained(exported):
     model = load(exported)
     with pytest.raises(TypeError, match="wrap it"):
         model.recommend(["item"])
+    with pytest.raises(TypeError, match="a whitelist is a list of item ids, got the string 'item'"):
+        model.recommend([[]], candidates="item")
     with pytest.raises(ValueError, match="k must be at least 1"):
         model.recommend([[]], k=0)
     with pytest.raises(ValueError, match="none of the candidates"):
@@ -157,6 +159,30 @@ def test_existing_folders_are_replaced_only_when_they_are_exports(run, exported,
     with pytest.raises(FileExistsError, match="not an earlier export"):
         export(run, run, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_earlier_export_comes_back_when_the_new_one_cannot_take_its_place(run, exported, tmp_path, monkeypatch):
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.suffix == ".tmp" and Path(target) == exported:
+            raise OSError("disk on fire")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="disk on fire"):
+        export(run, exported, overwrite=True)
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_export_behind_a_link_is_replaced_where_it_is(run, exported, tmp_path):
+    (tmp_path / "link").symlink_to(exported)
+    assert export(run, tmp_path / "link", overwrite=True) == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model"]
+    load(tmp_path / "link")
 
 
 def test_moved_and_foreign_data(data, run, tmp_path):
