@@ -35,7 +35,7 @@ struct SoftmaxLseSlab {
 // the entry is the token's column.
 struct SoftmaxGradSlab {
   std::int64_t begin, end;
-  const float* lse;           // (num_tokens,) log-sum-exp
+  const float* lse;            // (num_tokens,) log-sum-exp
   const float* coefficient;    // (num_tokens,) -(g1 + g2); 0 for padding
   const float* uniform;        // (num_tokens,) g2 / C; 0 for padding
   const float* at_target;      // (num_tokens,) g1
