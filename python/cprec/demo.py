@@ -216,7 +216,9 @@ def plot_comparison(contenders: Sequence[Contender], results: dict[str, RunResul
         metric = [record.validation[f"ndcg@{TOP}"] for record in result.history]
         axes[3].plot(range(1, len(metric) + 1), metric, "o-", label=name, color=color)
     axes[3].set_title(f"validation NDCG@{TOP} by epoch", fontsize=10)
-    axes[3].set_ylim(bottom=0)
+    best = max(record.validation[f"ndcg@{TOP}"] for result in results.values() for record in result.history)
+    axes[3].set_ylim(0, 1.1 * best or 1)
+    axes[3].xaxis.get_major_locator().set_params(integer=True)
     axes[3].legend(frameon=False)
     with atomic_write(path) as stream:
         figure.savefig(stream, format="png", dpi=130)

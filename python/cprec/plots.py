@@ -32,6 +32,8 @@ def plot_curve(history: Sequence[EpochRecord], path: Path, monitor: str = "ndcg@
     if history:
         best = max(range(len(history)), key=lambda index: metric_values[index])
         metrics.axvline(epochs[best], color="tab:gray", linewidth=0.8, linestyle=":")
-    losses.legend([loss_line, metric_line], ["training loss", f"validation {monitor.upper()}"], frameon=False)
+    # Above the axes: the curves may run anywhere within.
+    labels = ["training loss", f"validation {monitor.upper()}"]
+    figure.legend([loss_line, metric_line], labels, loc="outside upper center", ncols=2, frameon=False)
     with atomic_write(path) as stream:
         figure.savefig(stream, format="png", dpi=150)
