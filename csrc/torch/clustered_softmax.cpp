@@ -23,8 +23,9 @@ using cprec::SoftmaxLevel;
 using cprec::SoftmaxLseSlab;
 
 // Slabs per level at the most, and bytes that their partial gradients may take: above glibc's 32 MiB every step would
-// fault in fresh pages.
+// fault in fresh pages. A batch large enough to hide that still gets kFewSlabs, so that threads have work.
 constexpr int64_t kMaxSlabs = 32;
+constexpr int64_t kFewSlabs = 8;
 constexpr int64_t kMinSlabEntries = 96;
 constexpr int64_t kMaxPartialBytes = int64_t{24} << 20;
 constexpr double kLn2 = 0.6931471805599453;
@@ -159,7 +160,7 @@ std::vector<Level> make_levels(const Tensor& input, const Tensor& target, at::Te
     kernel.bias = level.bias.defined() ? level.bias.const_data_ptr<float>() : nullptr;
     kernel.hidden = level.z.const_data_ptr<float>();
     const int64_t bytes = kernel.num_tokens * kernel.rank_stride * static_cast<int64_t>(sizeof(float));
-    const int64_t most = std::max<int64_t>(1, std::min(kMaxSlabs, kMaxPartialBytes / bytes));
+    const int64_t most = std::clamp(kMaxPartialBytes / bytes, kFewSlabs, kMaxSlabs);
     level.slabs = std::min(most, (kernel.num_entries + kMinSlabEntries - 1) / kMinSlabEntries);
   }
   return levels;
