@@ -67,3 +67,32 @@ def load(info: dict[str, Any] | None, import_module: Any = importlib.import_modu
 
 
 STATUS = load(build_info())
+
+
+def _loaded() -> ModuleType:
+    if STATUS.module is None:
+        raise RuntimeError(f"there are no CPU kernels to choose among: {STATUS.reason}")
+    return STATUS.module
+
+
+def cpu_isa() -> str:
+    """Instruction set of the CPU kernels in use: "scalar", "avx2" or "avx512".
+
+    Raises:
+        RuntimeError: there is no native module. ValueError: ``CPREC_CPU_ISA`` names one that cannot run here.
+    """
+    return str(_loaded().cpu_isa())
+
+
+def available_cpu_isas() -> list[str]:
+    """Instruction sets that :func:`set_cpu_isa` takes on this processor, narrowest first; empty without native module."""
+    return [] if STATUS.module is None else list(STATUS.module.available_cpu_isas())
+
+
+def set_cpu_isa(name: str) -> None:
+    """Use the CPU kernels of one instruction set in this process, or "auto" for the widest that runs.
+
+    Raises:
+        RuntimeError: there is no native module. ValueError: an unknown name, or one that cannot run here.
+    """
+    _loaded().set_cpu_isa(name)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cprec_kernels import _native, use_backend
+from cprec_kernels import available_cpu_isas, set_cpu_isa, use_backend
 from cprec_kernels.testing import CASES
 
 
@@ -39,8 +39,7 @@ def case(request: pytest.FixtureRequest):
 
 def native_isas() -> list[str]:
     """Instruction sets that the CPU kernels can be forced to here."""
-    module = _native.STATUS.module
-    return [] if module is None else list(module.available_cpu_isas())
+    return available_cpu_isas()
 
 
 def backends() -> list[str]:
@@ -51,9 +50,9 @@ def backends() -> list[str]:
 @pytest.fixture(params=native_isas())
 def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Native CPU kernels forced to one instruction set."""
-    _native.STATUS.module.set_cpu_isa(request.param)
+    set_cpu_isa(request.param)
     yield request.param
-    _native.STATUS.module.set_cpu_isa(os.environ.get("CPREC_CPU_ISA") or "auto")
+    set_cpu_isa(os.environ.get("CPREC_CPU_ISA") or "auto")
 
 
 @pytest.fixture(params=backends())
@@ -61,8 +60,8 @@ def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Ops that have the backend run through it; the rest of the pipeline stays on its default."""
     name, _, isa = request.param.partition("-")
     if name == "native":
-        _native.STATUS.module.set_cpu_isa(isa)
+        set_cpu_isa(isa)
     with use_backend("reference" if name == "reference" else "auto"):
         yield request.param
     if name == "native":
-        _native.STATUS.module.set_cpu_isa(os.environ.get("CPREC_CPU_ISA") or "auto")
+        set_cpu_isa(os.environ.get("CPREC_CPU_ISA") or "auto")

@@ -81,6 +81,7 @@ def copy_of_the_package(tmp_path: Path) -> Path:
 
 WORK = """
 import torch
+import cprec_kernels
 from cprec_kernels import Partition, nn, backend_of
 partition = Partition(100, [10, 50], [8, 4, 2], 8)
 embedding, head = nn.BlockEmbedding(partition), nn.ClusteredSoftmaxWithLoss(8, partition)
@@ -90,6 +91,10 @@ for _ in range(2):
 assert head.topk(embedding(ids), 3)[1].shape == (15, 3)
 assert head.rank(embedding(ids), ids).shape == (15,)
 print(backend_of("block_embedding", torch.ones(1)))
+try:
+    cprec_kernels.set_cpu_isa("scalar")
+except RuntimeError as error:
+    assert "no CPU kernels to choose among" in str(error)
 """
 
 

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import cprec_kernels
 from cprec_kernels import _native
 
 MODULE = _native.STATUS.module
@@ -25,18 +26,19 @@ def test_the_module_is_built_where_tests_run():
 
 
 def test_isas_can_be_chosen_by_name():
-    before = MODULE.cpu_isa()
+    before = cprec_kernels.cpu_isa()
+    assert cprec_kernels.available_cpu_isas() == ISAS
     try:
         for isa in ISAS:
-            MODULE.set_cpu_isa(isa)
-            assert MODULE.cpu_isa() == isa
-        MODULE.set_cpu_isa("auto")
-        assert MODULE.cpu_isa() == ISAS[-1]
+            cprec_kernels.set_cpu_isa(isa)
+            assert cprec_kernels.cpu_isa() == isa
+        cprec_kernels.set_cpu_isa("auto")
+        assert cprec_kernels.cpu_isa() == ISAS[-1]
         with pytest.raises(ValueError, match=r"isa = 'sse9' cannot run on this processor; choose one of scalar"):
-            MODULE.set_cpu_isa("sse9")
-        assert MODULE.cpu_isa() == ISAS[-1]
+            cprec_kernels.set_cpu_isa("sse9")
+        assert cprec_kernels.cpu_isa() == ISAS[-1]
     finally:
-        MODULE.set_cpu_isa(before)
+        cprec_kernels.set_cpu_isa(before)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
