@@ -102,3 +102,38 @@ def make_targets(
     targets = make_ids(partition, shape, seed + 1).flatten()
     targets[3::7] = ignore_index
     return targets.reshape(shape)
+
+
+def make_hidden(
+    partition: Partition, shape: tuple[int, ...] = (7, 9), dtype: torch.dtype = torch.float32, seed: int = 5
+) -> Tensor:
+    """Hidden states (*shape, d) with entries of unit variance."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, partition.embedding_dim, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def copy_weights(
+    weights: Weights,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    requires_grad: bool = False,
+) -> Weights:
+    """A copy of the weights, in another dtype or on another device if given, as leaves if wanted."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        copy = tensor.detach().to(device or tensor.device, dtype or tensor.dtype, copy=True)
+        return copy.requires_grad_(requires_grad)
+
+    tables, projections, head_bias, tail_biases = weights
+    return Weights(
+        [leaf(table) for table in tables],
+        [leaf(projection) for projection in projections],
+        None if head_bias is None else leaf(head_bias),
+        [leaf(bias) for bias in tail_biases],
+    )
+
+
+def weight_tensors(weights: Weights) -> list[Tensor]:
+    """All tensors of the weights, in order."""
+    head_bias = [] if weights.head_bias is None else [weights.head_bias]
+    return [*weights.weights, *weights.projections, *head_bias, *weights.tail_biases]

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from cprec_kernels import functional
-from cprec_kernels.functional import Weights
 from cprec_kernels.reference import block_embedding as ref_embedding
 from cprec_kernels.reference import clustered_softmax as ref_softmax
 from cprec_kernels.testing import (
     assert_accurate,
     assert_same_items,
+    copy_weights,
     make_embedding,
     make_ids,
     make_softmax,
@@ -21,18 +21,6 @@ from cprec_kernels.testing import (
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORE = -100
-
-
-def on(device, weights, dtype=None, requires_grad=False):
-    """A copy of the weights on a device, as leaves if wanted."""
-
-    def leaf(tensor):
-        return None if tensor is None else tensor.detach().to(device, dtype, copy=True).requires_grad_(requires_grad)
-
-    tables, projections, head_bias, tail_biases = weights
-    return Weights(
-        [leaf(w) for w in tables], [leaf(p) for p in projections], leaf(head_bias), [leaf(b) for b in tail_biases]
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,9 +50,9 @@ def test_clustered_softmax(case, dtype):
     weights = make_softmax(case.partition, dtype)
     target = make_targets(case.partition, (63,))
     hidden = torch.randn(63, case.partition.embedding_dim).to(dtype)
-    truth = ref_softmax.clustered_softmax(hidden.double(), target, *on("cpu", weights, torch.float64), IGNORE)
+    truth = ref_softmax.clustered_softmax(hidden.double(), target, *copy_weights(weights, torch.float64), IGNORE)
     base = ref_softmax.clustered_softmax(hidden, target, *weights, IGNORE)
-    there = on("cuda", weights, requires_grad=True)
+    there = copy_weights(weights, device="cuda", requires_grad=True)
     ours = functional.clustered_target_log_prob(hidden.cuda(), target.cuda(), there)
     for a, b, t in zip(ours, base, truth, strict=False):
         assert_accurate(a, b, t, dtype)
@@ -75,8 +63,8 @@ def test_clustered_softmax(case, dtype):
 def test_topk_and_rank(case):
     weights = make_softmax(case.partition)
     hidden = torch.randn(9, case.partition.embedding_dim)
-    log_prob = functional.clustered_log_prob(hidden.double(), on("cpu", weights, torch.float64))
-    there = on("cuda", weights)
+    log_prob = functional.clustered_log_prob(hidden.double(), copy_weights(weights, torch.float64))
+    there = copy_weights(weights, device="cuda")
     k = min(10, case.partition.num_items)
     scores, items = functional.clustered_topk(hidden.cuda(), k, there)
     assert_same_items(items.cpu(), scores.cpu(), log_prob, 1e-4)
@@ -84,7 +72,7 @@ def test_topk_and_rank(case):
 
 
 def test_a_training_step_never_waits_for_the_device(case):
-    weights = on("cuda", make_softmax(case.partition), requires_grad=True)
+    weights = copy_weights(make_softmax(case.partition), device="cuda", requires_grad=True)
     embedding = [[t.cuda().requires_grad_() for t in group] for group in make_embedding(case.partition)]
     ids, target = make_ids(case.partition).cuda(), make_targets(case.partition).cuda()
     torch.cuda.synchronize()

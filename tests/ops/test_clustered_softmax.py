@@ -11,37 +11,21 @@ import torch.nn.functional as F
 from cprec_kernels import Partition, functional, use_backend
 from cprec_kernels.functional import Weights
 from cprec_kernels.reference import clustered_softmax as ref
-from cprec_kernels.testing import assert_accurate, make_softmax, make_targets
+from cprec_kernels.testing import (
+    assert_accurate,
+    copy_weights,
+    make_hidden,
+    make_softmax,
+    make_targets,
+    weight_tensors,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORE = -100
 
 
 def inputs(partition, dtype=torch.float32, shape=(7, 9)):
-    generator = torch.Generator().manual_seed(5)
-    hidden = torch.randn(*shape, partition.embedding_dim, generator=generator, dtype=torch.float64).to(dtype)
-    return hidden, make_targets(partition, shape)
-
-
-def cast(weights, dtype, requires_grad=False):
-    """A copy of the weights in another dtype, as leaves if wanted."""
-
-    def leaf(tensor):
-        return None if tensor is None else tensor.detach().to(dtype, copy=True).requires_grad_(requires_grad)
-
-    tables, projections, head_bias, tail_biases = weights
-    return Weights(
-        [leaf(w) for w in tables], [leaf(p) for p in projections], leaf(head_bias), [leaf(b) for b in tail_biases]
-    )
-
-
-def leaves(weights):
-    return [
-        *weights.weights,
-        *weights.projections,
-        *([weights.head_bias] if weights.head_bias is not None else []),
-        *weights.tail_biases,
-    ]
+    return make_hidden(partition, shape, dtype), make_targets(partition, shape)
 
 
 def definition(hidden, target, weights, epsilon=0.0):
@@ -114,7 +98,7 @@ def test_forward_accuracy(case, dtype, bias, cpu_backend, poison):
     weights = make_softmax(case.partition, dtype, bias=bias)
     hidden, target = inputs(case.partition, dtype)
     args = (hidden.flatten(0, 1), target.flatten())
-    truth = ref.clustered_softmax(args[0].double(), args[1], *cast(weights, torch.float64), IGNORE)
+    truth = ref.clustered_softmax(args[0].double(), args[1], *copy_weights(weights, torch.float64), IGNORE)
     base = ref.clustered_softmax(*args, *weights, IGNORE)
     ours = functional.clustered_target_log_prob(hidden, target, weights)
     for i, name in enumerate(("log_prob", "uniform")):
@@ -137,12 +121,12 @@ def test_log_prob_and_score(case):
 
 
 def test_chunks_do_not_change_the_result(case, monkeypatch):
-    weights = cast(make_softmax(case.partition), torch.float64, requires_grad=True)
+    weights = copy_weights(make_softmax(case.partition), torch.float64, requires_grad=True)
     hidden, target = inputs(case.partition, torch.float64)
 
     def loss_and_gradients():
         loss = functional.clustered_cross_entropy(hidden, target, weights, label_smoothing=0.1)
-        return loss, torch.autograd.grad(loss, leaves(weights))
+        return loss, torch.autograd.grad(loss, weight_tensors(weights))
 
     loss, expected = loss_and_gradients()
     monkeypatch.setattr("cprec_kernels.reference.common.MAX_LOGITS", 1)
@@ -166,11 +150,11 @@ def test_gradients(case, dtype, epsilon, cpu_backend, poison):
 
     def run(compute_dtype, function):
         h = hidden.to(compute_dtype, copy=True).requires_grad_()
-        w = cast(weights, compute_dtype, requires_grad=True)
+        w = copy_weights(weights, compute_dtype, requires_grad=True)
         log_prob, uniform = function(h, w)
         loss = -(1 - epsilon) * log_prob - epsilon * uniform
         loss.backward(upstream.to(loss.dtype).reshape(loss.shape))
-        return [leaf.grad for leaf in (h, *leaves(w))]
+        return [leaf.grad for leaf in (h, *weight_tensors(w))]
 
     def plain(h, w):
         return ref.clustered_softmax(h.flatten(0, 1), target.flatten(), *w, IGNORE)[:2]
@@ -192,12 +176,12 @@ def test_only_needed_gradients_are_computed(case, cpu_backend):
     functional.clustered_cross_entropy(hidden, target, weights).backward()
     assert weights.weights[0].grad is not None
     assert hidden.grad is None
-    assert all(leaf.grad is None for leaf in leaves(weights)[1:])
+    assert all(leaf.grad is None for leaf in weight_tensors(weights)[1:])
 
 
 def test_untouched_clusters_have_zero_gradients_not_none(cpu_backend):
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
-    weights = cast(make_softmax(partition), torch.float32, requires_grad=True)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
     hidden = torch.randn(3, 8)
     functional.clustered_cross_entropy(hidden, torch.tensor([0, 1, 2]), weights).backward()
     assert weights.weights[0].grad.abs().sum() > 0
@@ -210,7 +194,7 @@ def test_untouched_clusters_have_zero_gradients_not_none(cpu_backend):
 
 def test_gradcheck():
     partition = Partition(12, [2, 5], [4, 3, 1], 4)
-    weights = cast(make_softmax(partition), torch.float64, requires_grad=True)
+    weights = copy_weights(make_softmax(partition), torch.float64, requires_grad=True)
     hidden = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0, 1, 2, 4, 11, IGNORE])
 
@@ -218,16 +202,16 @@ def test_gradcheck():
         packed = Weights(flat[:3], flat[3:5], flat[5], flat[6:])
         return functional.clustered_target_log_prob(h, target, packed)
 
-    assert torch.autograd.gradcheck(function, (hidden, *leaves(weights)))
+    assert torch.autograd.gradcheck(function, (hidden, *weight_tensors(weights)))
     assert torch.autograd.gradcheck(
         lambda h, *flat: functional.clustered_log_prob(h, Weights(flat[:3], flat[3:5], flat[5], flat[6:])),
-        (hidden, *leaves(weights)),
+        (hidden, *weight_tensors(weights)),
     )
 
 
 def test_a_second_derivative_is_refused_clearly(cpu_backend):
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
-    weights = cast(make_softmax(partition), torch.float32, requires_grad=True)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
     hidden, target = inputs(partition)
     hidden.requires_grad_()
     loss = functional.clustered_cross_entropy(hidden, target, weights)
@@ -241,12 +225,12 @@ def test_a_second_derivative_is_refused_clearly(cpu_backend):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_opcheck(case, bias):
-    weights = cast(make_softmax(case.partition, bias=bias), torch.float32, requires_grad=True)
+    weights = copy_weights(make_softmax(case.partition, bias=bias), torch.float32, requires_grad=True)
     hidden, target = inputs(case.partition, shape=(20,))
     torch.library.opcheck(
         torch.ops.cprec.clustered_softmax.default, (hidden.requires_grad_(), target, *weights.args(), IGNORE)
     )
-    plain = cast(weights, torch.float32)
+    plain = copy_weights(weights, torch.float32)
     args = hidden.detach(), target, *plain.args()
     lse = torch.ops.cprec.clustered_softmax(*args, IGNORE)[2:]
     for mask in ([True] * 5, [False, True, False, False, True]):
@@ -273,15 +257,15 @@ def test_opcheck(case, bias):
 
 def test_compile_fullgraph_with_gradients():
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
-    weights = cast(make_softmax(partition), torch.float32, requires_grad=True)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
     hidden, target = inputs(partition)
 
     def step(h, t):
         return functional.clustered_cross_entropy(h, t, weights, label_smoothing=0.1)
 
-    eager = torch.autograd.grad(step(hidden, target), leaves(weights))
+    eager = torch.autograd.grad(step(hidden, target), weight_tensors(weights))
     compiled_step = torch.compile(step, fullgraph=True)
-    compiled = torch.autograd.grad(compiled_step(hidden, target), leaves(weights))
+    compiled = torch.autograd.grad(compiled_step(hidden, target), weight_tensors(weights))
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b)
     # Another batch size, and one that leaves a cluster out: nothing in the graph depends on the data.
@@ -295,9 +279,9 @@ def test_compile_fullgraph_with_gradients():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_losses_in_fp32(dtype):
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
-    weights = cast(make_softmax(partition), torch.float32, requires_grad=True)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
     hidden, target = inputs(partition)
-    narrow = cast(weights, dtype)
+    narrow = copy_weights(weights, dtype)
     expected = functional.clustered_cross_entropy(hidden.to(dtype), target, narrow)
     with torch.autocast("cpu", dtype):
         loss = functional.clustered_cross_entropy(hidden.to(dtype), target, weights)  # dtypes may differ here
@@ -307,7 +291,7 @@ def test_autocast_keeps_losses_in_fp32(dtype):
     assert loss.dtype == log_prob.dtype == torch.float32
     assert torch.equal(loss, expected)
     assert torch.equal(log_prob, functional.clustered_log_prob(hidden.to(dtype), narrow))
-    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves(weights))
+    assert all(leaf.grad.dtype == torch.float32 for leaf in weight_tensors(weights))
 
 
 # 7 strided and sliced inputs
@@ -329,13 +313,13 @@ def test_strided_inputs(cpu_backend):
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)])
 def test_empty_batch(case, shape, cpu_backend):
-    weights = cast(make_softmax(case.partition), torch.float32, requires_grad=True)
+    weights = copy_weights(make_softmax(case.partition), torch.float32, requires_grad=True)
     hidden = torch.zeros(*shape, case.partition.embedding_dim)
     target = torch.zeros(shape, dtype=torch.int64)
     loss = functional.clustered_cross_entropy(hidden, target, weights)
     loss.backward()
     assert loss == 0
-    assert all(torch.count_nonzero(leaf.grad) == 0 for leaf in leaves(weights))
+    assert all(torch.count_nonzero(leaf.grad) == 0 for leaf in weight_tensors(weights))
     assert functional.clustered_cross_entropy(hidden, target, weights, reduction="none").shape == shape
     assert functional.clustered_log_prob(hidden, weights).shape == (*shape, case.partition.num_items)
     items = torch.zeros(*shape, 3, dtype=torch.int64)
@@ -343,12 +327,12 @@ def test_empty_batch(case, shape, cpu_backend):
 
 
 def test_all_ignored(case, cpu_backend):
-    weights = cast(make_softmax(case.partition), torch.float32, requires_grad=True)
+    weights = copy_weights(make_softmax(case.partition), torch.float32, requires_grad=True)
     hidden, target = inputs(case.partition)
     loss = functional.clustered_cross_entropy(hidden, torch.full_like(target, IGNORE), weights)
     loss.backward()
     assert loss == 0
-    assert all(torch.count_nonzero(leaf.grad) == 0 for leaf in leaves(weights))
+    assert all(torch.count_nonzero(leaf.grad) == 0 for leaf in weight_tensors(weights))
 
 
 def test_another_ignore_index():
@@ -373,13 +357,13 @@ def test_one_hidden_state_without_a_batch():
 @pytest.mark.parametrize("scale", [1e2, 1e4])
 def test_large_logits_stay_finite(scale, cpu_backend):
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
-    weights = cast(make_softmax(partition), torch.float32, requires_grad=True)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
     hidden, target = inputs(partition)
     loss = functional.clustered_cross_entropy(hidden * scale, target, weights)
-    truth = functional.clustered_cross_entropy(hidden.double() * scale, target, cast(weights, torch.float64))
+    truth = functional.clustered_cross_entropy(hidden.double() * scale, target, copy_weights(weights, torch.float64))
     loss.backward()
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
-    assert all(leaf.grad.isfinite().all() for leaf in leaves(weights))
+    assert all(leaf.grad.isfinite().all() for leaf in weight_tensors(weights))
 
 
 def test_nan_input_gives_nan_loss_not_a_crash(cpu_backend):
@@ -425,12 +409,12 @@ def test_wrong_arguments_are_named():
 
 
 def test_results_repeat_bit_for_bit(case, cpu_backend):
-    weights = cast(make_softmax(case.partition), torch.float32, requires_grad=True)
+    weights = copy_weights(make_softmax(case.partition), torch.float32, requires_grad=True)
     hidden, target = inputs(case.partition, shape=(40, 20))
 
     def run():
         loss = functional.clustered_cross_entropy(hidden, target, weights)
-        return loss, *torch.autograd.grad(loss, leaves(weights))
+        return loss, *torch.autograd.grad(loss, weight_tensors(weights))
 
     for a, b in zip(run(), run(), strict=True):
         assert torch.equal(a, b)
@@ -441,12 +425,12 @@ def test_results_repeat_bit_for_bit(case, cpu_backend):
 
 def test_the_form_without_counts_agrees(case, monkeypatch):
     """On a device the reference works on every token under a mask instead of asking how many a cluster has."""
-    weights = cast(make_softmax(case.partition), torch.float64, requires_grad=True)
+    weights = copy_weights(make_softmax(case.partition), torch.float64, requires_grad=True)
     hidden, target = inputs(case.partition, torch.float64)
 
     def run():
         loss = functional.clustered_cross_entropy(hidden, target, weights, label_smoothing=0.1)
-        return loss, *torch.autograd.grad(loss, leaves(weights))
+        return loss, *torch.autograd.grad(loss, weight_tensors(weights))
 
     expected = run()
     calls = []
@@ -459,45 +443,3 @@ def test_the_form_without_counts_agrees(case, monkeypatch):
     for a, b in zip(run(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert calls
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_tokens_and_entries(dtype, cpu_backend, poison):
-    """More tokens than a gradient tile holds, more blocks than a partial sum, several slabs, ragged ends of all of them."""
-    partition = Partition(30_011, [1_501, 8_003], [48, 19, 6], 48)
-    weights = make_softmax(partition, dtype, logit_std=2.0)
-    hidden, target = inputs(partition, dtype, (1_301,))
-    upstream = torch.rand(1_301) - 0.3
-
-    def run(compute_dtype, function):
-        h = hidden.to(compute_dtype, copy=True).requires_grad_()
-        w = cast(weights, compute_dtype, requires_grad=True)
-        log_prob, uniform = function(h, w)
-        (0.9 * log_prob + 0.1 * uniform).backward(upstream.to(log_prob.dtype))
-        return [log_prob, uniform, *(leaf.grad for leaf in (h, *leaves(w)))]
-
-    def plain(h, w):
-        return ref.clustered_softmax(h, target, *w, IGNORE)[:2]
-
-    results = [run(torch.float64, plain), run(dtype, plain)]
-    ours = run(dtype, lambda h, w: functional.clustered_target_log_prob(h, target, w))
-    for i, (a, t, b) in enumerate(zip(ours, *results, strict=True)):
-        assert_accurate(a, b, t, dtype, f"result {i}")
-
-
-def test_the_kernels_do_not_depend_on_the_number_of_threads(cpu_isa):
-    """The reference makes no such promise: its products are the BLAS library's."""
-    partition = Partition(5_000, [100, 1_000], [64, 16, 4], 64)
-    weights = cast(make_softmax(partition), torch.float32, requires_grad=True)
-    hidden, target = inputs(partition, shape=(700,))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            loss = functional.clustered_cross_entropy(hidden, target, weights)
-            results.append([loss, *torch.autograd.grad(loss, [*weights.weights, *weights.tail_biases])])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -1,0 +1,61 @@
+"""The clustered softmax kernels at sizes where tiles, blocks and slabs end raggedly, and their determinism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cprec_kernels import Partition, functional
+from cprec_kernels.reference import clustered_softmax as ref
+from cprec_kernels.testing import (
+    assert_accurate,
+    copy_weights,
+    make_hidden,
+    make_softmax,
+    make_targets,
+    weight_tensors,
+)
+
+IGNORE = -100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tokens_and_entries(dtype, cpu_backend, poison):
+    """More tokens than a gradient tile holds, more blocks than a partial sum, several slabs, ragged ends of all of them."""
+    partition = Partition(30_011, [1_501, 8_003], [48, 19, 6], 48)
+    weights = make_softmax(partition, dtype, logit_std=2.0)
+    hidden, target = make_hidden(partition, (1_301,), dtype), make_targets(partition, (1_301,))
+    upstream = torch.rand(1_301) - 0.3
+
+    def run(compute_dtype, function):
+        h = hidden.to(compute_dtype, copy=True).requires_grad_()
+        w = copy_weights(weights, compute_dtype, requires_grad=True)
+        log_prob, uniform = function(h, w)
+        (0.9 * log_prob + 0.1 * uniform).backward(upstream.to(log_prob.dtype))
+        return [log_prob, uniform, *(leaf.grad for leaf in (h, *weight_tensors(w)))]
+
+    def plain(h, w):
+        return ref.clustered_softmax(h, target, *w, IGNORE)[:2]
+
+    results = [run(torch.float64, plain), run(dtype, plain)]
+    ours = run(dtype, lambda h, w: functional.clustered_target_log_prob(h, target, w))
+    for i, (a, t, b) in enumerate(zip(ours, *results, strict=True)):
+        assert_accurate(a, b, t, dtype, f"result {i}")
+
+
+def test_the_kernels_do_not_depend_on_the_number_of_threads(cpu_isa):
+    """The reference makes no such promise: its products are the BLAS library's."""
+    partition = Partition(5_000, [100, 1_000], [64, 16, 4], 64)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
+    hidden, target = make_hidden(partition, (700,)), make_targets(partition, (700,))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            loss = functional.clustered_cross_entropy(hidden, target, weights)
+            results.append([loss, *torch.autograd.grad(loss, [*weights.weights, *weights.tail_biases])])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
