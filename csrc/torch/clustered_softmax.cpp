@@ -105,23 +105,30 @@ std::vector<Level> make_levels(const Tensor& input, const Tensor& target, at::Te
   TORCH_CHECK_VALUE(input.dim() == 2 && target.dim() == 1 && target.size(0) == input.size(0),
                     "input must be (T, d) and target (T,)");
   TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "target must be int64");
+  TORCH_CHECK_VALUE(tail_biases.empty() || tail_biases.size() == n - 1, tail_biases.size(), " tail biases for ", n - 1,
+                    " tails");
   std::vector<Level> levels(n);
   std::vector<int64_t> offsets(n + 1, 0);
   const int64_t width = input.size(1);
   size_t next = 0;
   for (size_t j = 0; j < n; ++j) {
     Level& level = levels[j];
+    TORCH_CHECK_VALUE(weights[j].dim() == 2 && weights[j].size(0) >= (j == 0 ? static_cast<int64_t>(n) : 1) &&
+                          weights[j].size(1) >= 1 && weights[j].size(1) <= width,
+                      "weights[", j, "] of shape ", weights[j].sizes(), " does not fit input of width ", width);
     const int64_t entries = weights[j].size(0), rank = weights[j].size(1);
     offsets[j + 1] = offsets[j] + entries - (j == 0 ? static_cast<int64_t>(n) - 1 : 0);
     level.weight = as_float(weights[j]);
     if (rank != width) {
-      TORCH_CHECK_VALUE(
-          next < projections.size() && projections[next].size(0) == rank && projections[next].size(1) == width,
-          "weights[", j, "] needs a projection (", rank, ", ", width, ")");
+      TORCH_CHECK_VALUE(next < projections.size() && projections[next].dim() == 2 &&
+                            projections[next].size(0) == rank && projections[next].size(1) == width,
+                        "weights[", j, "] needs a projection (", rank, ", ", width, ")");
       level.projection = as_float(projections[next++]);
     }
     if (j == 0 && head_bias.has_value()) level.bias = as_float(*head_bias);
     if (j > 0 && !tail_biases.empty()) level.bias = as_float(tail_biases[j - 1]);
+    TORCH_CHECK_VALUE(!level.bias.defined() || (level.bias.dim() == 1 && level.bias.size(0) == entries),
+                      "the bias of level ", j, " must be (", entries, ",)");
     level.kernel.num_entries = entries;
     level.kernel.rank = rank;
     level.kernel.rank_stride = round_up(rank, cprec::kRankPad);

@@ -59,3 +59,31 @@ def test_the_kernels_do_not_depend_on_the_number_of_threads(cpu_isa):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_raw_kernel_refuses_what_the_op_would_have(cpu_isa):
+    """torch.ops.cprec_native is reachable without our checks: it must still not read out of bounds."""
+    partition = Partition(20, [5], [4, 2], 4)
+    tables, projections, head_bias, tail_biases = make_softmax(partition).args()
+    hidden, target = torch.randn(2, 4), torch.tensor([0, 19])
+
+    def call(target=target, tables=tables, projections=projections, head_bias=head_bias, tail_biases=tail_biases):
+        return torch.ops.cprec_native.clustered_softmax(
+            hidden, target, tables, projections, head_bias, tail_biases, IGNORE
+        )
+
+    assert call()[0].isfinite().all()
+    with pytest.raises(IndexError, match=r"target\[1\] = 20 is outside 0..19"):
+        call(target=torch.tensor([0, 20]))
+    with pytest.raises(ValueError, match=r"bias of level 0 must be \(6,\)"):
+        call(head_bias=head_bias[:2])
+    with pytest.raises(ValueError, match=r"bias of level 1 must be \(15,\)"):
+        call(tail_biases=[tail_biases[0][:2]])
+    with pytest.raises(ValueError, match="2 tail biases for 1 tails"):
+        call(tail_biases=tail_biases * 2)
+    with pytest.raises(ValueError, match=r"weights\[1\] needs a projection \(2, 4\)"):
+        call(projections=[])
+    with pytest.raises(ValueError, match="does not fit input of width 4"):
+        call(tables=[torch.randn(6, 8), tables[1]])
+    with pytest.raises(ValueError, match="does not fit input of width 4"):
+        call(tables=[tables[0][:1], tables[1]])
