@@ -122,7 +122,7 @@ class ClusteredSoftmaxWithLoss(nn.Module):
             ValueError: shapes that do not fit together.
         """
         output, uniform = F.clustered_target_log_prob(
-            input, target, self.packed_weights(), ignore_index=self.ignore_index
+            input, target, self.packed_weights(), ignore_index=self.ignore_index, smooth=self.label_smoothing > 0
         )
         loss = reduce_loss(output, uniform, target, self.ignore_index, self.reduction, self.label_smoothing)
         return ClusteredSoftmaxOutput(output, loss)

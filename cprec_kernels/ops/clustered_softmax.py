@@ -33,11 +33,12 @@ from .block_embedding import keep
 
 WEIGHTS = "Tensor[] weights, Tensor[] projections, Tensor? head_bias, Tensor[] tail_biases"
 FORWARD = define(
-    f"clustered_softmax(Tensor input, Tensor target, {WEIGHTS}, int ignore_index) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"clustered_softmax(Tensor input, Tensor target, {WEIGHTS}, int ignore_index, bool smooth, ScalarType? arithmetic)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 BACKWARD = define(
     f"clustered_softmax_backward(Tensor grad_log_prob, Tensor grad_uniform, Tensor input, Tensor target, {WEIGHTS},"
-    " Tensor lse_head, Tensor lse_tail, int ignore_index, bool[5] output_mask)"
+    " Tensor lse_head, Tensor lse_tail, int ignore_index, ScalarType? arithmetic, bool[5] output_mask)"
     " -> (Tensor, Tensor[], Tensor[], Tensor, Tensor[])"
 )
 LOG_PROB = define(f"clustered_log_prob(Tensor input, {WEIGHTS}) -> Tensor")
@@ -112,13 +113,13 @@ def check_rows(rows: Tensor, input: Tensor, name: str, dim: int) -> None:
 
 
 def _check(input: Tensor, target: Tensor, *args: Any) -> None:
-    *weights, _ignore_index = args
+    *weights, _ignore_index, _smooth, _arithmetic = args
     check_weights(input, Weights(*weights))
     check_rows(target, input, "target", dim=1)
 
 
 def _check_values(input: Tensor, target: Tensor, *args: Any) -> None:
-    *weights, ignore_index = args
+    *weights, ignore_index, _smooth, _arithmetic = args
     check_ids(target, Weights(*weights).num_items, "target", allowed=ignore_index)
 
 
@@ -131,12 +132,30 @@ def _unchecked(*args: Any) -> None:
     """For what only a checked forward can call."""
 
 
-# Narrower types are widened by the kernels, which compute in fp32.
+def _reference(input: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *weights, ignore_index, smooth, arithmetic = args
+    factors = [input, *weights] if arithmetic is None else cast_floating([input, *weights], arithmetic)
+    log_prob, uniform, lse_head, lse_tail = ref.clustered_softmax(factors[0], target, *factors[1:], ignore_index)
+    return log_prob, uniform if smooth else torch.zeros_like(uniform), lse_head.double(), lse_tail.double()
+
+
+def _reference_backward(
+    grad_log_prob: Tensor, grad_uniform: Tensor, input: Tensor, target: Tensor, *args: Any
+) -> tuple[Any, ...]:
+    weights, projections, head_bias, tail_biases, lse_head, lse_tail, ignore_index, arithmetic, output_mask = args
+    factors = [input, weights, projections, head_bias, tail_biases]
+    narrow = factors if arithmetic is None else cast_floating(factors, arithmetic)
+    lses = (lse_head.to(accumulate_dtype(narrow[0].dtype)), lse_tail.to(accumulate_dtype(narrow[0].dtype)))
+    gradients = ref.clustered_softmax_backward(
+        grad_log_prob, grad_uniform, narrow[0], target, *narrow[1:], *lses, ignore_index, output_mask
+    )
+    return gradients if arithmetic is None else cast_floating(gradients, input.dtype)
+
+
+# Half precision is widened and computed in fp32. bf16 is multiplied as it is and summed in fp32.
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_backend.register(FORWARD, _backend.native(FORWARD, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_softmax))
-_backend.register(
-    BACKWARD, _backend.native(BACKWARD, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_softmax_backward)
-)
+_backend.register(FORWARD, _backend.native(FORWARD, "cpu", NATIVE_DTYPES), _backend.reference(_reference))
+_backend.register(BACKWARD, _backend.native(BACKWARD, "cpu", NATIVE_DTYPES), _backend.reference(_reference_backward))
 _backend.register(SCORE, _backend.reference(ref.clustered_score))
 implement(FORWARD, _check, _check_values, anchor=0)
 implement(BACKWARD, _unchecked, _unchecked, anchor=2)
@@ -161,9 +180,10 @@ LIBRARY.impl(LOG_PROB, _log_prob, "CompositeImplicitAutograd")
 
 def _fake(input: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(input, target, *args)
+    wide = accumulate_dtype(input.dtype)
     log_prob, uniform, lse_head, lse_tail = (
-        torch.empty_like(target, dtype=accumulate_dtype(input.dtype), memory_format=torch.contiguous_format)
-        for _ in range(4)
+        torch.empty_like(target, dtype=dtype, memory_format=torch.contiguous_format)
+        for dtype in (wide, wide, torch.float64, torch.float64)
     )
     return log_prob, uniform, lse_head, lse_tail
 
@@ -171,7 +191,7 @@ def _fake(input: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Te
 def _fake_backward(
     grad_log_prob: Tensor, grad_uniform: Tensor, input: Tensor, target: Tensor, *args: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, list[Tensor]]:
-    weights, projections, head_bias, tail_biases, _, _, _, output_mask = args
+    weights, projections, head_bias, tail_biases, *_, output_mask = args
     want_input, want_weights, want_projections, want_head_bias, want_tail_biases = output_mask
 
     def like(tensor: Tensor | None, want: bool) -> Tensor:
@@ -201,7 +221,7 @@ fake(SCORE, _fake_score)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, target, weights, projections, head_bias, tail_biases, ctx.ignore_index = inputs
+    input, target, weights, projections, head_bias, tail_biases, ctx.ignore_index, _, ctx.arithmetic = inputs
     _, _, lse_head, lse_tail = output
     ctx.mark_non_differentiable(lse_head, lse_tail)
     ctx.counts = len(weights), len(projections), len(tail_biases)
@@ -213,11 +233,11 @@ def _backward(ctx: Any, grad_log_prob: Tensor, grad_uniform: Tensor, _head: Tens
     num_weights, num_projections, _ = ctx.counts
     weights, projections = rest[:num_weights], rest[num_weights : num_weights + num_projections]
     tail_biases = rest[num_weights + num_projections :]
-    need_input, _, need_weights, need_projections, need_head_bias, need_tail_biases, _ = ctx.needs_input_grad
+    need_input, _, need_weights, need_projections, need_head_bias, need_tail_biases, *_ = ctx.needs_input_grad
     mask = [need_input, any(need_weights), any(need_projections), need_head_bias, any(need_tail_biases)]
     d_input, d_weights, d_projections, d_head_bias, d_tail_biases = torch.ops.cprec.clustered_softmax_backward(
         grad_log_prob, grad_uniform, input, target, weights, projections, head_bias, tail_biases,
-        lse_head, lse_tail, ctx.ignore_index, mask,
+        lse_head, lse_tail, ctx.ignore_index, ctx.arithmetic, mask,
     )  # fmt: skip
     return (
         d_input if need_input else None,
@@ -226,6 +246,8 @@ def _backward(ctx: Any, grad_log_prob: Tensor, grad_uniform: Tensor, _head: Tens
         keep(d_projections, need_projections),
         d_head_bias if need_head_bias else None,
         keep(d_tail_biases, need_tail_biases),
+        None,
+        None,
         None,
     )
 
@@ -236,12 +258,20 @@ not_twice_differentiable(BACKWARD)
 # Autocast
 
 
+def _autocast_forward(overload: Any, dtype: torch.dtype, input: Tensor, target: Tensor, *args: Any) -> Any:
+    # The weights stay as they are, and so do their gradients: narrow copies of large tables would cost more than they
+    # save, and the kernels narrow a block at a time. Results stay in fp32.
+    weights, *rest, _ = args
+    kept = weights[0].dtype
+    return overload(input.to(kept), target, *cast_floating([weights, *rest], kept), dtype)
+
+
 def _autocast(overload: Any, dtype: torch.dtype, *args: Any) -> Any:
     # Results stay in fp32: the op sums in fp32 whatever the inputs are.
     return overload(*[cast_floating(arg, dtype) for arg in args])
 
 
-autocast(FORWARD, _autocast)
+autocast(FORWARD, _autocast_forward)
 autocast(LOG_PROB, _autocast)
 autocast(SCORE, _autocast)
 
@@ -249,17 +279,17 @@ autocast(SCORE, _autocast)
 
 
 def clustered_target_log_prob(
-    input: Tensor, target: Tensor, weights: Weights, *, ignore_index: int = -100
+    input: Tensor, target: Tensor, weights: Weights, *, ignore_index: int = -100, smooth: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every target, and the term that label smoothing mixes in; both (...) in fp32 or wider.
 
     The second is the sum over the token's levels (the head; the target's tail, if it has one) of the mean
-    log-probability of the level's entries. Ignored tokens give 0 in both. Arguments as
+    log-probability of the level's entries, or 0 with ``smooth=False``. Ignored tokens give 0 in both. Arguments as
     :func:`clustered_cross_entropy`.
     """
     check_leading(target, input, "target", 0)
     log_prob, uniform, _, _ = torch.ops.cprec.clustered_softmax(
-        as_rows(input), target.reshape(-1), *weights.args(), ignore_index
+        as_rows(input), target.reshape(-1), *weights.args(), ignore_index, smooth, None
     )
     return log_prob.reshape(target.shape), uniform.reshape(target.shape)
 
@@ -318,7 +348,9 @@ def clustered_cross_entropy(
         TypeError: target not int64, mixed dtypes.
         ValueError: shapes that do not fit together, an unknown reduction, smoothing outside [0, 1].
     """
-    log_prob, uniform = clustered_target_log_prob(input, target, weights, ignore_index=ignore_index)
+    log_prob, uniform = clustered_target_log_prob(
+        input, target, weights, ignore_index=ignore_index, smooth=label_smoothing > 0
+    )
     return reduce_loss(log_prob, uniform, target, ignore_index, reduction, label_smoothing)
 
 

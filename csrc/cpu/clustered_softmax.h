@@ -1,273 +1,258 @@
 // Loop bodies of the clustered softmax: log-sum-exp of a level, and its gradients, over blocks of entries.
 //
-// A block of kBlock entries is packed once, transposed, and meets all tokens; logits live in registers (pass 1) or in a
-// tile that stays in L2 (pass 2), never in memory at large. log p of a target is its logit minus the log-sum-exp; see
-// cprec_kernels/reference/clustered_softmax.py for the equations.
+// Tokens lie in vector lanes and entries in rows, so the weight is read as it is stored: a block of kBlock entries
+// meets all tokens while it is in cache. Logits live in registers (pass 1) or in a tile that stays in L2 (pass 2),
+// never in memory at large. See cprec_kernels/reference/clustered_softmax.py for the equations.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
 #include "cpu/math.h"
+#include "cpu/softmax_block.h"
 #include "cprec/clustered_softmax.h"
 
 namespace cprec::CPREC_ISA {
 
-constexpr int64_t kTile = Vec::kWidth * Vec::kTileVectors;  // entries per tile of logits
-constexpr int64_t kBlockTiles = 3;
-constexpr int64_t kBlock = kTile * kBlockTiles;
-constexpr int kBlockVectors = Vec::kTileVectors * kBlockTiles;
-// Rows of the narrow products, where a whole block of entries is the tile's width.
-constexpr int kNarrowRows = Vec::kTileRows / 3;
-constexpr int64_t kGradTokens = 528;  // tokens of a gradient tile: with kBlock entries it stays in L2
-constexpr int64_t kFlushBlocks = 64;  // blocks summed in fp32 before the sum moves to fp64
+constexpr int64_t kGradTokens = 256;  // tokens of a gradient tile: with kBlock entries it stays in L2
 constexpr float kRaise = 20.0f;       // in powers of two: how far a logit may exceed its token's shift
-constexpr float kNoEntry = -3.0e38f;  // bias of the entries that fill up a block: exp gives nothing
-static_assert(kTokenPad % Vec::kTileRows == 0 && kRankPad % kTile == 0 && kGradTokens % kTokenPad == 0);
+constexpr int kChains = 4;            // sums taken side by side: one chain would wait for every addition
+static_assert(kGradTokens % kTokenPad == 0 && kBlock % Vec::kTileRows == 0 && Vec::kRowStep % 2 == 0);
 
-// Entries first..first+count-1 transposed into packed[k][kBlock], with their biases; the rest of the block is empty.
-static inline void pack_block(const SoftmaxLevel& level, int64_t first, int64_t count, float* packed, float* bias) {
-  const int64_t rank = level.rank;
-  transpose(level.weight + first * rank, rank, count, rank, packed, kBlock);
-  for (int64_t i = 0; i < count; ++i) bias[i] = level.bias == nullptr ? 0.0f : level.bias[first + i];
-  for (int64_t i = count; i < kBlock; ++i) {
-    for (int64_t k = 0; k < rank; ++k) packed[k * kBlock + i] = 0.0f;
-    bias[i] = kNoEntry;
-  }
-}
-
-// Logits of kTileRows tokens and one tile of entries.
-static inline __attribute__((always_inline)) void logits_tile(const SoftmaxLevel& level, int64_t token,
-                                                              const float* packed, const float* bias,
-                                                              Vec (&sums)[Vec::kTileRows][Vec::kTileVectors]) {
-#pragma GCC unroll 8
-  for (int n = 0; n < Vec::kTileVectors; ++n) {
-    const Vec start = Vec::load(bias + n * Vec::kWidth);
+// Logits, in powers of two, of M entries from row i of the block and N vectors of tokens.
+template <class P, int M, int N>
+static inline __attribute__((always_inline)) void logits_tile(const SoftmaxLevel& level, const Block& block, int64_t i,
+                                                              const float* panel, Vec (&sums)[M][N]) {
 #pragma GCC unroll 16
-    for (int m = 0; m < Vec::kTileRows; ++m) sums[m][n] = start;
-  }
-  multiply_tile<Vec::kTileRows, Vec::kTileVectors>(level.rank, level.hidden + token * level.rank_stride,
-                                                   level.rank_stride, 1, packed, kBlock, sums);
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[m][n] = Vec::broadcast(block.bias[i + m]);
+  multiply_tile<P>(level.depth, block.rows + i * block.row_stride, block.row_stride, 1, panel, kPanel, sums);
 }
 
-static int64_t softmax_lse_workspace(const SoftmaxLevel& level) {
-  return level.rank * kBlock + kBlock + level.num_tokens * Vec::kWidth;
+// Raises the shift of kWidth tokens to their largest logit, as a whole number, and scales their sums by a power of two,
+// which is exact. Rare: once or twice a token and slab.
+static __attribute__((noinline)) void raise_shift(Vec largest, float* shift, double* sum, Vec& total) {
+  const Vec old = Vec::load(shift);
+  const Vec raised = Vec::max(Vec::round(largest), old);
+  const Vec factor = exp2(Vec::sub(old, raised));
+  total = Vec::mul(total, factor);
+  raised.store(shift);
+  float factors[Vec::kWidth];
+  factor.store(factors);
+  for (int lane = 0; lane < Vec::kWidth; ++lane) sum[lane] *= factors[lane];
 }
 
-static void softmax_lse(const SoftmaxLevel& level, const SoftmaxLseSlab& slab) {
-  float* packed = slab.workspace;
-  float* bias = packed + level.rank * kBlock;
-  float* lanes = bias + kBlock;  // (num_tokens, kWidth) sums since the last flush
+// One block against N vectors of tokens.
+template <class P, int N>
+static inline void lse_panel(const SoftmaxLevel& level, const Block& block, const float* panel, float* shift,
+                             double* sum) {
+  Vec total[N];
+  for (int n = 0; n < N; ++n) total[n] = Vec::zero();
+  for_rows(block.count, [&]<int M>(int64_t i) __attribute__((always_inline)) {
+    Vec sums[M][N];
+    logits_tile<P>(level, block, i, panel, sums);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      Vec largest = sums[0][n];
+#pragma GCC unroll 16
+      for (int m = 1; m < M; ++m) largest = Vec::max(largest, sums[m][n]);
+      float* shifts = shift + n * Vec::kWidth;
+      if (Vec::any_above(largest, Vec::add(Vec::load(shifts), Vec::broadcast(kRaise)))) {
+        Vec moved = total[n];
+        raise_shift(largest, shifts, sum + n * Vec::kWidth, moved);
+        total[n] = moved;
+      }
+      const Vec by = Vec::load(shifts);
+      constexpr int kSums = M < kChains ? M : kChains;
+      Vec chains[kSums];
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vec power = exp2(Vec::sub(sums[m][n], by));
+        chains[m % kSums] = m < kSums ? power : Vec::add(chains[m % kSums], power);
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < kSums; ++c) total[n] = Vec::add(total[n], chains[c]);
+    }
+  });
+  // A block's sum is short enough for fp32; the sum over blocks is not.
+  float totals[N * Vec::kWidth];
+  for (int n = 0; n < N; ++n) total[n].store(totals + n * Vec::kWidth);
+  for (int lane = 0; lane < N * Vec::kWidth; ++lane) sum[lane] += static_cast<double>(totals[lane]);
+}
+
+template <class P>
+static void lse_of(const SoftmaxLevel& level, const SoftmaxLseSlab& slab) {
+  const BlockBuffers buffers(level, slab.workspace);
   for (int64_t t = 0; t < level.num_tokens; ++t) {
     slab.shift[t] = -1.0e30f;
     slab.sum[t] = 0.0;
   }
-  memset(lanes, 0, static_cast<size_t>(level.num_tokens * Vec::kWidth) * sizeof(float));
-  memset(slab.weight_sum, 0, static_cast<size_t>(level.rank_stride) * sizeof(float));
-  int64_t blocks = 0;
   for (int64_t first = slab.begin; first < slab.end; first += kBlock) {
-    const int64_t count = slab.end - first < kBlock ? slab.end - first : kBlock;
-    pack_block(level, first, count, packed, bias);
-    for (int64_t k = 0; k < level.rank; ++k) {
-      Vec total = Vec::load(packed + k * kBlock);
-      for (int n = 1; n < kBlockVectors; ++n) total = Vec::add(total, Vec::load(packed + k * kBlock + n * Vec::kWidth));
-      slab.weight_sum[k] += total.sum();
-    }
-    const int64_t tiles = (count + kTile - 1) / kTile;
-    for (int64_t t0 = 0; t0 < level.num_tokens; t0 += Vec::kTileRows) {
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        Vec sums[Vec::kTileRows][Vec::kTileVectors];
-        logits_tile(level, t0, packed + tile * kTile, bias + tile * kTile, sums);
-#pragma GCC unroll 16
-        for (int m = 0; m < Vec::kTileRows; ++m) {
-          const int64_t t = t0 + m;
-          Vec largest = sums[m][0];
-#pragma GCC unroll 8
-          for (int n = 1; n < Vec::kTileVectors; ++n) largest = Vec::max(largest, sums[m][n]);
-          largest = Vec::mul(largest, Vec::broadcast(kLog2E));
-          Vec sum = Vec::load(lanes + t * Vec::kWidth);
-          if (Vec::any_above(largest, Vec::broadcast(slab.shift[t] + kRaise))) {
-            // The shift follows the largest logit only when it must: once or twice per token and slab.
-            const float raised = largest.maximum();
-            const Vec factor = exp2(Vec::broadcast(slab.shift[t] - raised));
-            sum = Vec::mul(sum, factor);
-            slab.sum[t] *= static_cast<double>(factor.sum()) / Vec::kWidth;
-            slab.shift[t] = raised;
-          }
-          const Vec minus_shift = Vec::broadcast(-slab.shift[t]);
-#pragma GCC unroll 8
-          for (int n = 0; n < Vec::kTileVectors; ++n)
-            sum = Vec::add(sum, exp2(Vec::fma(sums[m][n], Vec::broadcast(kLog2E), minus_shift)));
-          sum.store(lanes + t * Vec::kWidth);
-        }
-      }
-    }
-    if (++blocks % kFlushBlocks == 0 || first + kBlock >= slab.end) {
-      for (int64_t t = 0; t < level.num_tokens; ++t) {
-        slab.sum[t] += static_cast<double>(Vec::load(lanes + t * Vec::kWidth).sum());
-        Vec::zero().store(lanes + t * Vec::kWidth);
+    const Block block = load_block<P>(level, buffers, first, slab.end, false);
+    for (int64_t t = 0; t < level.num_tokens; t += kPanel) {
+      const float* panel = level.columns + t * level.depth;
+      if (level.num_tokens - t >= kPanel) {
+        lse_panel<P, Vec::kTileVectors>(level, block, panel, slab.shift + t, slab.sum + t);
+      } else {
+        lse_panel<P, 1>(level, block, panel, slab.shift + t, slab.sum + t);
       }
     }
   }
 }
 
-// A rank that fills at least a vector is multiplied with ranks in lanes; a smaller one with entries in lanes.
-static inline bool wide_rank(const SoftmaxLevel& level) {
-  return level.rank >= Vec::kWidth;
+static int64_t softmax_lse_workspace(const SoftmaxLevel& level) {
+  return BlockBuffers::floats(level);
+}
+
+static void softmax_lse(const SoftmaxLevel& level, const SoftmaxLseSlab& slab) {
+  if (level.product == Product::kBFloat16) return lse_of<BFloat16Product>(level, slab);
+  lse_of<Float32Product>(level, slab);
+}
+
+// Logits, in powers of two, of tokens begin..end-1 at their own entry: the very bits that the passes compute there, so
+// that a probability close to 1 comes out as close to 1.
+template <class P>
+static void target_logits_of(const SoftmaxLevel& level, const int64_t* column, int64_t begin, int64_t end, float* out,
+                             float* workspace) {
+  const BlockBuffers buffers(level, workspace);
+  for (int64_t t = begin; t < end; ++t) {
+    const Block block = load_block<P>(level, buffers, column[t], column[t] + 1, false);
+    const int64_t lane = t % kPanel / Vec::kWidth * Vec::kWidth;
+    Vec sums[1][1];
+    logits_tile<P>(level, block, 0, level.columns + (t - t % kPanel) * level.depth + lane, sums);
+    float values[Vec::kWidth];
+    sums[0][0].store(values);
+    out[t] = values[t % Vec::kWidth];
+  }
+}
+
+static void softmax_target_logits(const SoftmaxLevel& level, const int64_t* column, int64_t begin, int64_t end,
+                                  float* out, float* workspace) {
+  if (level.product == Product::kBFloat16)
+    return target_logits_of<BFloat16Product>(level, column, begin, end, out, workspace);
+  target_logits_of<Float32Product>(level, column, begin, end, out, workspace);
+}
+
+// d logits of a block and some tokens, entries in rows: row i at values + i * stride. For products of pairs it is
+// stored twice, paired along the tokens for the weight's gradient and along the entries for the hidden states'.
+struct GradientTile {
+  float* by_token;  // fp32: (kBlock, stride); pairs: (kBlock, stride / 2)
+  float* by_entry;  // fp32: the same; pairs: (kBlock / 2, stride)
+  int64_t stride;   // an odd multiple of 16: rows then fall into different sets of the cache
+};
+
+// d logits of the block and N vectors of tokens, the first at tile column t.
+template <class P, int N>
+static inline void gradient_panel(const SoftmaxLevel& level, const SoftmaxGradSlab& slab, const Block& block,
+                                  const float* panel, int64_t token, int64_t t, const GradientTile& tile) {
+  for_rows(block.count, [&]<int M>(int64_t i) __attribute__((always_inline)) {
+    Vec sums[M][N];
+    logits_tile<P>(level, block, i, panel, sums);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const int64_t at = token + n * Vec::kWidth;
+      const Vec lse = Vec::load(slab.lse + at), rest = Vec::load(slab.lse_rest + at);
+      const Vec coefficient = Vec::load(slab.coefficient + at), uniform = Vec::load(slab.uniform + at);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vec p = exp2(Vec::sub(Vec::sub(sums[m][n], lse), rest));
+        sums[m][n] = Vec::fma(coefficient, p, uniform);
+        store_tile<P>(tile.by_token, i + m, tile.stride, t + n * Vec::kWidth, sums[m][n]);
+      }
+      if constexpr (P::kPairs) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m += 2)
+          Vec::pair(sums[m][n], sums[m + 1][n]).store(tile.by_entry + (i + m) / 2 * tile.stride + t + n * Vec::kWidth);
+      }
+    }
+  });
+}
+
+template <class P>
+static void fill_tile(const SoftmaxLevel& level, const SoftmaxGradSlab& slab, const Block& block, int64_t token,
+                      int64_t tokens, const GradientTile& tile) {
+  for (int64_t t = 0; t < tokens; t += kPanel) {
+    const float* panel = level.columns + (token + t) * level.depth;
+    if (tokens - t >= kPanel) {
+      gradient_panel<P, Vec::kTileVectors>(level, slab, block, panel, token + t, t, tile);
+    } else {
+      gradient_panel<P, 1>(level, slab, block, panel, token + t, t, tile);
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t row = slab.column[token + t] - block.first;
+    if (row >= 0 && row < block.count)
+      set_tile<P>(tile.by_token, tile.by_entry, row, t, tile.stride, slab.at_target[token + t]);
+  }
+}
+
+// d_bias of a block: sums over the tokens of a tile, in groups, since one long chain would lose digits.
+template <class P>
+static inline void bias_gradient(const GradientTile& tile, int64_t count, int64_t tokens, float* d_bias, bool add) {
+  for (int64_t i = 0; i < count; ++i) {
+    Vec sum = Vec::zero();
+    for (int64_t t = 0; t < tokens; t += Vec::kWidth)
+      sum = Vec::add(sum, load_tile<P>(tile.by_token, i, tile.stride, t));
+    d_bias[i] = sum.sum() + (add ? d_bias[i] : 0.0f);
+  }
+}
+
+template <class P>
+static void grad_of(const SoftmaxLevel& level, const SoftmaxGradSlab& slab) {
+  const int64_t stride = level.stride;
+  const BlockBuffers buffers(level, slab.workspace);
+  float* d_rows = slab.workspace + BlockBuffers::floats(level);  // (kBlock, stride)
+  GradientTile tile;
+  tile.by_token = d_rows + kBlock * stride;
+  const int64_t most = level.num_tokens < kGradTokens ? level.num_tokens : kGradTokens;
+  tile.stride = (most + 31) / 32 * 32 + 16;
+  tile.by_entry = P::kPairs ? tile.by_token + kBlock * tile.stride / 2 : tile.by_token;
+  for (int64_t first = slab.begin; first < slab.end; first += kBlock) {
+    const Block block = load_block<P>(level, buffers, first, slab.end, true);
+    // Whole blocks of plain fp32 rows are written where they belong; others by way of a buffer.
+    const bool direct = level.dtype == DType::kFloat32 && level.rank == stride && block.count % Vec::kRowStep == 0;
+    float* d_weight = direct ? static_cast<float*>(slab.d_weight) + first * stride : d_rows;
+    for (int64_t t0 = 0; t0 < level.num_tokens; t0 += kGradTokens) {
+      const int64_t tokens = level.num_tokens - t0 < kGradTokens ? level.num_tokens - t0 : kGradTokens;
+      fill_tile<P>(level, slab, block, t0, tokens, tile);
+      constexpr int64_t kPack = P::kPairs ? 2 : 1;
+      if (slab.d_weight != nullptr) {
+        // d W_j += (d logits) z^T
+        const bool add = t0 > 0 || (direct && slab.accumulate);
+        const float* z = level.rows + t0 / kPack * stride;
+        for_columns(stride, [&]<class V, int N>(int64_t k) __attribute__((always_inline)) {
+          for_rows(block.count, [&]<int M>(int64_t i) __attribute__((always_inline)) {
+            multiply_into<P, V, M, N>(tokens / kPack, tile.by_token + i * (tile.stride / kPack), tile.stride / kPack, 1,
+                                      z + k, stride, d_weight + i * stride + k, stride, add);
+          });
+        });
+      }
+      if (slab.d_hidden != nullptr) {
+        // d z += (d logits)^T W_j
+        const bool add = first > slab.begin;
+        for_columns(stride, [&]<class V, int N>(int64_t k) __attribute__((always_inline)) {
+          for_rows(tokens, [&]<int M>(int64_t t) __attribute__((always_inline)) {
+            multiply_into<P, V, M, N>((block.count + kPack - 1) / kPack, tile.by_entry + t, 1, tile.stride,
+                                      block.entries + k, block.entry_stride, slab.d_hidden + (t0 + t) * stride + k,
+                                      stride, add);
+          });
+        });
+      }
+      if (slab.d_bias != nullptr)
+        bias_gradient<P>(tile, block.count, tokens, slab.d_bias + first, t0 > 0 || slab.accumulate);
+    }
+    if (slab.d_weight != nullptr && !direct) store_gradient(level, slab, first, block.count, d_rows);
+  }
 }
 
 static int64_t softmax_grad_workspace(const SoftmaxLevel& level) {
-  const int64_t rows = kBlock * level.rank_stride;  // padded weight rows; dW of the block takes as much again
-  const int64_t lanes = wide_rank(level) ? 0 : level.num_tokens * level.rank_stride * Vec::kWidth;
-  return level.rank_stride * kBlock + kBlock + 2 * rows + kGradTokens * kBlock + lanes;
-}
-
-// d logits of `tokens` tokens from token t0 and one block, into tile[token][kBlock].
-static inline void gradient_tile(const SoftmaxLevel& level, const SoftmaxGradSlab& slab, int64_t t0, int64_t tokens,
-                                 int64_t first, int64_t count, const float* packed, const float* bias, float* tile) {
-  for (int64_t t = 0; t < tokens; t += Vec::kTileRows) {
-    for (int64_t part = 0; part < kBlockTiles; ++part) {
-      Vec sums[Vec::kTileRows][Vec::kTileVectors];
-      logits_tile(level, t0 + t, packed + part * kTile, bias + part * kTile, sums);
-#pragma GCC unroll 16
-      for (int m = 0; m < Vec::kTileRows; ++m) {
-        const int64_t token = t0 + t + m;
-        const Vec minus_lse = Vec::broadcast(-slab.lse[token]);
-        const Vec coefficient = Vec::broadcast(slab.coefficient[token]);
-        const Vec uniform = Vec::broadcast(slab.uniform[token]);
-#pragma GCC unroll 8
-        for (int n = 0; n < Vec::kTileVectors; ++n) {
-          // The difference first: it is exact where p is near 1, and its error there is what 1 - p is made of.
-          const Vec p = exp2(Vec::mul(Vec::add(sums[m][n], minus_lse), Vec::broadcast(kLog2E)));
-          Vec::fma(coefficient, p, uniform).store(tile + (t + m) * kBlock + part * kTile + n * Vec::kWidth);
-        }
-      }
-    }
-    for (int m = 0; m < Vec::kTileRows; ++m) {
-      const int64_t column = slab.column[t0 + t + m] - first;
-      if (column >= 0 && column < count) tile[(t + m) * kBlock + column] += slab.at_target[t0 + t + m];
-    }
-  }
-}
-
-// d_weight rows of a block += tile^T z. Wide: rows[entry][rank_stride]; narrow: rows[k][kBlock].
-static inline void add_weight_gradient(const SoftmaxLevel& level, int64_t t0, int64_t tokens, const float* tile,
-                                       float* rows) {
-  const float* z = level.hidden + t0 * level.rank_stride;
-  if (wide_rank(level)) {
-    for (int64_t i = 0; i < kBlock; i += Vec::kTileRows)
-      for (int64_t k = 0; k < level.rank; k += kTile)
-        multiply_add<Vec::kTileRows, Vec::kTileVectors>(tokens, tile + i, 1, kBlock, z + k, level.rank_stride,
-                                                        rows + i * level.rank_stride + k, level.rank_stride);
-    return;
-  }
-  for (int64_t k = 0; k < level.rank; k += kNarrowRows)
-    multiply_add<kNarrowRows, kBlockVectors>(tokens, z + k, 1, level.rank_stride, tile, kBlock, rows + k * kBlock,
-                                             kBlock);
-}
-
-// d_hidden += tile W. Wide: into out[token][rank_stride]; narrow: into lanes[token][rank_stride][kWidth], summed later.
-static inline void add_hidden_gradient(const SoftmaxLevel& level, int64_t t0, int64_t tokens, int64_t count,
-                                       const float* tile, const float* rows, const float* packed, float* out,
-                                       float* lanes) {
-  if (wide_rank(level)) {
-    for (int64_t t = 0; t < tokens; t += Vec::kTileRows)
-      for (int64_t k = 0; k < level.rank; k += kTile)
-        multiply_add<Vec::kTileRows, Vec::kTileVectors>(count, tile + t * kBlock, kBlock, 1, rows + k,
-                                                        level.rank_stride, out + (t0 + t) * level.rank_stride + k,
-                                                        level.rank_stride);
-    return;
-  }
-  constexpr int kTokens = 3;  // kTokenPad is a multiple
-  for (int64_t t = 0; t < tokens; t += kTokens) {
-    for (int64_t k = 0; k < level.rank; k += kNarrowRows) {
-      Vec sums[kTokens][kNarrowRows];
-      for (int m = 0; m < kTokens; ++m)
-        for (int r = 0; r < kNarrowRows; ++r)
-          sums[m][r] = Vec::load(lanes + ((t0 + t + m) * level.rank_stride + k + r) * Vec::kWidth);
-#pragma GCC unroll 8
-      for (int n = 0; n < kBlockVectors; ++n) {
-        Vec weights[kNarrowRows];
-        for (int r = 0; r < kNarrowRows; ++r) weights[r] = Vec::load(packed + (k + r) * kBlock + n * Vec::kWidth);
-        for (int m = 0; m < kTokens; ++m) {
-          const Vec gradient = Vec::load(tile + (t + m) * kBlock + n * Vec::kWidth);
-          for (int r = 0; r < kNarrowRows; ++r) sums[m][r] = Vec::fma(gradient, weights[r], sums[m][r]);
-        }
-      }
-      for (int m = 0; m < kTokens; ++m)
-        for (int r = 0; r < kNarrowRows; ++r)
-          sums[m][r].store(lanes + ((t0 + t + m) * level.rank_stride + k + r) * Vec::kWidth);
-    }
-  }
-}
-
-// bias_sums += column sums of the tile, in groups of tokens: one long chain of additions would lose digits.
-static inline void add_bias_gradient(const float* tile, int64_t tokens, Vec (&bias_sums)[kBlockVectors]) {
-  for (int64_t t0 = 0; t0 < tokens; t0 += 2 * kTokenPad) {
-    const int64_t end = tokens - t0 < 2 * kTokenPad ? tokens : t0 + 2 * kTokenPad;
-    for (int n = 0; n < kBlockVectors; ++n) {
-      Vec group = Vec::load(tile + t0 * kBlock + n * Vec::kWidth);
-      for (int64_t t = t0 + 1; t < end; ++t) group = Vec::add(group, Vec::load(tile + t * kBlock + n * Vec::kWidth));
-      bias_sums[n] = Vec::add(bias_sums[n], group);
-    }
-  }
-}
-
-static void store_weight_gradient(const SoftmaxLevel& level, int64_t first, int64_t count, const float* rows,
-                                  float* d_weight) {
-  const int64_t rank = level.rank;
-  float* out = d_weight + first * rank;
-  if (!wide_rank(level)) {
-    transpose(rows, kBlock, rank, count, out, rank);
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i)
-    memcpy(out + i * rank, rows + i * level.rank_stride, static_cast<size_t>(rank) * sizeof(float));
+  return BlockBuffers::floats(level) + kBlock * level.stride + 2 * kBlock * (kGradTokens + 48);
 }
 
 static void softmax_grad(const SoftmaxLevel& level, const SoftmaxGradSlab& slab) {
-  const int64_t stride = level.rank_stride;
-  float* packed = slab.workspace;  // (rank_stride, kBlock): rows beyond rank stay zero
-  float* bias = packed + stride * kBlock;
-  float* rows = bias + kBlock;  // (kBlock, rank_stride) weight rows, zero-padded
-  float* d_rows = rows + kBlock * stride;
-  float* tile = d_rows + kBlock * stride;
-  float* lanes = tile + kGradTokens * kBlock;
-  memset(packed, 0, static_cast<size_t>(stride * kBlock) * sizeof(float));
-  memset(rows, 0, static_cast<size_t>(kBlock * stride) * sizeof(float));
-  if (slab.d_hidden != nullptr) {
-    memset(slab.d_hidden, 0, static_cast<size_t>(level.num_tokens * stride) * sizeof(float));
-    if (!wide_rank(level))
-      memset(lanes, 0, static_cast<size_t>(level.num_tokens * stride * Vec::kWidth) * sizeof(float));
-  }
-  for (int64_t first = slab.begin; first < slab.end; first += kBlock) {
-    const int64_t count = slab.end - first < kBlock ? slab.end - first : kBlock;
-    pack_block(level, first, count, packed, bias);
-    if (wide_rank(level))
-      for (int64_t i = 0; i < count; ++i)
-        memcpy(rows + i * stride, level.weight + (first + i) * level.rank,
-               static_cast<size_t>(level.rank) * sizeof(float));
-    memset(d_rows, 0, static_cast<size_t>(kBlock * stride) * sizeof(float));
-    Vec bias_sums[kBlockVectors];
-    for (int n = 0; n < kBlockVectors; ++n) bias_sums[n] = Vec::zero();
-    for (int64_t t0 = 0; t0 < level.num_tokens; t0 += kGradTokens) {
-      const int64_t tokens = level.num_tokens - t0 < kGradTokens ? level.num_tokens - t0 : kGradTokens;
-      gradient_tile(level, slab, t0, tokens, first, count, packed, bias, tile);
-      if (slab.d_weight != nullptr) add_weight_gradient(level, t0, tokens, tile, d_rows);
-      if (slab.d_hidden != nullptr)
-        add_hidden_gradient(level, t0, tokens, count, tile, rows, packed, slab.d_hidden, lanes);
-      if (slab.d_bias != nullptr) add_bias_gradient(tile, tokens, bias_sums);
-    }
-    if (slab.d_weight != nullptr) store_weight_gradient(level, first, count, d_rows, slab.d_weight);
-    if (slab.d_bias != nullptr) {
-      for (int n = 0; n < kBlockVectors; ++n) bias_sums[n].store(tile + n * Vec::kWidth);
-      memcpy(slab.d_bias + first, tile, static_cast<size_t>(count) * sizeof(float));
-    }
-  }
-  if (slab.d_hidden != nullptr && !wide_rank(level))
-    for (int64_t t = 0; t < level.num_tokens; ++t)
-      for (int64_t k = 0; k < level.rank; ++k)
-        slab.d_hidden[t * stride + k] = Vec::load(lanes + (t * stride + k) * Vec::kWidth).sum();
+  if (level.product == Product::kBFloat16) return grad_of<BFloat16Product>(level, slab);
+  grad_of<Float32Product>(level, slab);
 }
 
 }  // namespace cprec::CPREC_ISA

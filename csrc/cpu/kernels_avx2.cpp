@@ -11,7 +11,9 @@ namespace cprec {
 const CpuKernels kAvx2Kernels = {
     "avx2",
     avx2::block_embedding,
+    avx2::softmax_pack,
     avx2::softmax_lse,
+    avx2::softmax_target_logits,
     avx2::softmax_grad,
     avx2::softmax_lse_workspace,
     avx2::softmax_grad_workspace,

@@ -11,7 +11,9 @@ namespace cprec {
 const CpuKernels kAvx512Kernels = {
     "avx512",
     avx512::block_embedding,
+    avx512::softmax_pack,
     avx512::softmax_lse,
+    avx512::softmax_target_logits,
     avx512::softmax_grad,
     avx512::softmax_lse_workspace,
     avx512::softmax_grad_workspace,

@@ -11,7 +11,9 @@ namespace cprec {
 const CpuKernels kScalarKernels = {
     "scalar",
     scalar::block_embedding,
+    scalar::softmax_pack,
     scalar::softmax_lse,
+    scalar::softmax_target_logits,
     scalar::softmax_grad,
     scalar::softmax_lse_workspace,
     scalar::softmax_grad_workspace,

@@ -7,55 +7,97 @@ namespace cprec::CPREC_ISA {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// 2^x, relative error below 1e-7; 2^-126 for anything smaller. Minimax polynomial of degree 6 on [-0.5, 0.5].
+// 2^x, relative error below 2.2e-7 and none at 0; 2^-126 for anything smaller. Minimax polynomial on [-0.5, 0.5].
 static inline Vec exp2(Vec x) {
   x = Vec::max(Vec::broadcast(-126.0f), x);  // in this order NaN stays NaN
   const Vec n = Vec::round(x);
-  const Vec f = Vec::fma(Vec::broadcast(-1.0f), n, x);
-  Vec p = Vec::broadcast(1.534580223960802e-4f);
-  p = Vec::fma(p, f, Vec::broadcast(1.3399932067841291e-3f));
-  p = Vec::fma(p, f, Vec::broadcast(9.618489071726799e-3f));
-  p = Vec::fma(p, f, Vec::broadcast(5.550328642129898e-2f));
-  p = Vec::fma(p, f, Vec::broadcast(2.4022646248340607e-1f));
-  p = Vec::fma(p, f, Vec::broadcast(6.931471824645996e-1f));
+  const Vec f = Vec::sub(x, n);
+  Vec p = Vec::broadcast(1.3276472e-3f);
+  p = Vec::fma(p, f, Vec::broadcast(9.675541e-3f));
+  p = Vec::fma(p, f, Vec::broadcast(5.550713e-2f));
+  p = Vec::fma(p, f, Vec::broadcast(2.402212e-1f));
+  p = Vec::fma(p, f, Vec::broadcast(6.9314694e-1f));
   p = Vec::fma(p, f, Vec::broadcast(1.0f));
   return Vec::scale(p, n);
 }
 
+// A step of a dot product: of two floats, or of two pairs of bf16 values that a float's bits hold.
+struct Float32Product {
+  static constexpr bool kPairs = false;
+  template <class V>
+  static V step(V a, V b, V sum) {
+    return V::fma(a, b, sum);
+  }
+};
+struct BFloat16Product {
+  static constexpr bool kPairs = true;
+  template <class V>
+  static V step(V a, V b, V sum) {
+    return V::dot_pairs(a, b, sum);
+  }
+};
+
 // sums[m][n] += sum over k of a[m * row_stride + k * k_stride] * b[k * b_stride + n * kWidth ...]
-template <int M, int N>
+template <class Product = Float32Product, class V = Vec, int M, int N>
 static inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const float* a, int64_t row_stride,
                                                                 int64_t k_stride, const float* b, int64_t b_stride,
-                                                                Vec (&sums)[M][N]) {
+                                                                V (&sums)[M][N]) {
   for (int64_t k = 0; k < depth; ++k) {
-    Vec columns[N];
+    V columns[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) columns[n] = Vec::load(b + n * Vec::kWidth);
+    for (int n = 0; n < N; ++n) columns[n] = V::load(b + n * V::kWidth);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const Vec element = Vec::broadcast(a[m * row_stride]);
+      const V element = V::broadcast(a[m * row_stride]);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sums[m][n] = Vec::fma(element, columns[n], sums[m][n]);
+      for (int n = 0; n < N; ++n) sums[m][n] = Product::step(element, columns[n], sums[m][n]);
     }
     a += k_stride;
     b += b_stride;
   }
 }
 
-// out[m][0 .. N * kWidth) += the product above.
-template <int M, int N>
-static inline void multiply_add(int64_t depth, const float* a, int64_t row_stride, int64_t k_stride, const float* b,
-                                int64_t b_stride, float* out, int64_t out_stride) {
-  Vec sums[M][N];
+// out[m][0 .. N * kWidth) = the product above, or += it: in one addition per call, so that a sum over many calls keeps
+// the digits that one long chain would lose.
+template <class Product, class V, int M, int N>
+static inline void multiply_into(int64_t depth, const float* a, int64_t row_stride, int64_t k_stride, const float* b,
+                                 int64_t b_stride, float* out, int64_t out_stride, bool add) {
+  V sums[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sums[m][n] = Vec::load(out + m * out_stride + n * Vec::kWidth);
-  multiply_tile<M, N>(depth, a, row_stride, k_stride, b, b_stride, sums);
+    for (int n = 0; n < N; ++n) sums[m][n] = V::zero();
+  multiply_tile<Product>(depth, a, row_stride, k_stride, b, b_stride, sums);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sums[m][n].store(out + m * out_stride + n * Vec::kWidth);
+    for (int n = 0; n < N; ++n) {
+      float* place = out + m * out_stride + n * V::kWidth;
+      (add ? V::add(sums[m][n], V::load(place)) : sums[m][n]).store(place);
+    }
+}
+
+// f<M>(row) for groups of rows that cover 0..rows-1: kTileRows at a time, then kRowStep or two. Up to kRowStep - 1 rows
+// beyond the last are touched: buffers are padded.
+template <class F>
+static inline __attribute__((always_inline)) void for_rows(int64_t rows, F f) {
+  int64_t row = 0;
+  for (; rows - row > 2 * Vec::kRowStep; row += Vec::kTileRows) f.template operator()<Vec::kTileRows>(row);
+  if (rows - row > Vec::kRowStep) {
+    f.template operator()<2 * Vec::kRowStep>(row);
+  } else if (rows > row) {
+    f.template operator()<Vec::kRowStep>(row);
+  }
+}
+
+// f<V, N>(column) for groups of N vectors that cover 0..columns-1, a multiple of 8.
+template <class F>
+static inline __attribute__((always_inline)) void for_columns(int64_t columns, F f) {
+  constexpr int kTile = Vec::kWidth * Vec::kTileVectors;
+  int64_t column = 0;
+  for (; column + kTile <= columns; column += kTile) f.template operator()<Vec, Vec::kTileVectors>(column);
+  for (; column + Vec::kWidth <= columns; column += Vec::kWidth) f.template operator()<Vec, 1>(column);
+  if (column < columns) f.template operator()<Half, 1>(column);
 }
 
 // out[c * out_stride + r] = in[r * in_stride + c] for any number of rows and columns.

@@ -14,6 +14,7 @@ struct Vec {
   static constexpr int kColumnVectors = 2;  // 4 rows x 2 vectors: 8 accumulators, enough chains for the FMA latency
   static constexpr int kTileRows = 6;       // 6 rows x 2 vectors, two vectors of b and one of a: 15 of 16 registers
   static constexpr int kTileVectors = 2;
+  static constexpr int kRowStep = kTileRows / 3;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -34,13 +35,7 @@ struct Vec {
 
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(BFloat16* p) const {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+    const __m256i words = narrow_bf16();
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
   }
@@ -56,7 +51,14 @@ struct Vec {
 
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  static Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  // sum + a0 b0 + a1 b1 of the two bf16 values that every lane of a, and of b, holds.
+  static Vec dot_pairs(Vec a, Vec b, Vec sum) { return fma(high(a), high(b), fma(low(a), low(b), sum)); }
+  // Pairs (low, high) of bf16 values, one per lane.
+  static Vec pair(Vec low, Vec high) {
+    return {_mm256_castsi256_ps(_mm256_or_si256(low.narrow_bf16(), _mm256_slli_epi32(high.narrow_bf16(), 16)))};
+  }
   // The larger; b where either is NaN.
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   static bool any_above(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0; }
@@ -77,6 +79,22 @@ struct Vec {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
     return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
   }
+
+ private:
+  static Vec low(Vec a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 16))}; }
+  static Vec high(Vec a) { return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(~0xffff)))}; }
+  // The bf16 bits of every lane in its low half: round to nearest, ties to even; a NaN stays a quiet NaN.
+  __m256i narrow_bf16() const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(rounded, quiet, nan);
+  }
 };
+
+using Half = Vec;
 
 }  // namespace cprec::CPREC_ISA

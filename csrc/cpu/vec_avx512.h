@@ -1,4 +1,4 @@
-// Sixteen floats: AVX-512 F, BW, DQ and VL.
+// Sixteen floats: AVX-512 F, BW, DQ and VL; with CPREC_AVX512_BF16, products of bf16 pairs in hardware too.
 #pragma once
 
 #include <immintrin.h>
@@ -9,11 +9,34 @@
 
 namespace cprec::CPREC_ISA {
 
+// Eight lanes, for the few columns that do not fill a Vec.
+struct Half {
+  static constexpr int kWidth = 8;
+  __m256 v;
+
+  static Half zero() { return {_mm256_setzero_ps()}; }
+  static Half broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static Half load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  static Half fma(Half a, Half b, Half c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Half add(Half a, Half b) { return {_mm256_add_ps(a.v, b.v)}; }
+#ifdef CPREC_AVX512_BF16
+  static Half dot_pairs(Half a, Half b, Half sum) { return {_mm256_dpbf16_ps(sum.v, (__m256bh)a.v, (__m256bh)b.v)}; }
+#else
+  static Half dot_pairs(Half a, Half b, Half sum) { return fma(high(a), high(b), fma(low(a), low(b), sum)); }
+
+ private:
+  static Half low(Half a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 16))}; }
+  static Half high(Half a) { return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(~0xffff)))}; }
+#endif
+};
+
 struct Vec {
   static constexpr int kWidth = 16;
   static constexpr int kColumnVectors = 4;  // 4 rows x 4 vectors: 16 accumulators of 32 registers
   static constexpr int kTileRows = 12;      // 12 rows x 2 vectors: 24 accumulators
   static constexpr int kTileVectors = 2;
+  static constexpr int kRowStep = kTileRows / 3;
   __m512 v;
 
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -38,7 +61,25 @@ struct Vec {
 
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  static Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  // sum + a0 b0 + a1 b1 of the two bf16 values that every lane of a, and of b, holds.
+#ifdef CPREC_AVX512_BF16
+  static Vec dot_pairs(Vec a, Vec b, Vec sum) { return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)}; }
+  // Pairs (low, high) of bf16 values, one per lane.
+  static Vec pair(Vec low, Vec high) {
+    const __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low.v));
+    const __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high.v));
+    return {_mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)))};
+  }
+#else
+  static Vec dot_pairs(Vec a, Vec b, Vec sum) { return fma(upper(a), upper(b), fma(lower(a), lower(b), sum)); }
+  static Vec pair(Vec low, Vec high) {
+    const __m512i first = _mm512_cvtepu16_epi32(low.narrow_bf16());
+    const __m512i second = _mm512_cvtepu16_epi32(high.narrow_bf16());
+    return {_mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)))};
+  }
+#endif
   // The larger; b where either is NaN.
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   static bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
@@ -50,6 +91,8 @@ struct Vec {
   static Vec scale(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
  private:
+  static Vec lower(Vec a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))}; }
+  static Vec upper(Vec a) { return {_mm512_and_ps(a.v, _mm512_castsi512_ps(_mm512_set1_epi32(~0xffff)))}; }
   static Vec widen_bf16(__m256i half) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
   }

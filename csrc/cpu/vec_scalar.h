@@ -10,8 +10,9 @@ namespace cprec::CPREC_ISA {
 struct Vec {
   static constexpr int kWidth = 1;
   static constexpr int kColumnVectors = 4;  // accumulators per row of a tile
-  static constexpr int kTileRows = 3;       // rows of a product's tile of kTileVectors vectors
+  static constexpr int kTileRows = 6;       // rows of a product's tile of kTileVectors vectors
   static constexpr int kTileVectors = 2;
+  static constexpr int kRowStep = kTileRows / 3;
   static constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23
   float v;
 
@@ -35,7 +36,21 @@ struct Vec {
   }
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   static Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+  static Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
   static Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+  // sum + a0 b0 + a1 b1 of the two bf16 values that the bits of a, and of b, hold.
+  static Vec dot_pairs(Vec a, Vec b, Vec sum) {
+    const uint32_t x = as_bits(a.v), y = as_bits(b.v);
+    sum.v += as_float(x << 16) * as_float(y << 16);
+    return {sum.v + as_float(x & 0xffff0000u) * as_float(y & 0xffff0000u)};
+  }
+  // Pairs (low, high) of bf16 values, one per lane.
+  static Vec pair(Vec low, Vec high) {
+    BFloat16 x, y;
+    from_float(low.v, &x);
+    from_float(high.v, &y);
+    return {as_float(static_cast<uint32_t>(y.bits) << 16 | x.bits)};
+  }
   // The larger; b where either is NaN, as the x86 instructions have it.
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   static bool any_above(Vec a, Vec b) { return a.v > b.v; }
@@ -47,6 +62,8 @@ struct Vec {
   // a * 2^n for whole n in -126..127.
   static Vec scale(Vec a, Vec n) { return {a.v * as_float((as_bits(n.v + kRoundShift) << 23) + 0x3f800000u)}; }
 };
+
+using Half = Vec;
 
 // out[c * out_stride + r] = in[r * in_stride + c] for r, c in 0..7.
 static inline void transpose_8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {

@@ -69,7 +69,7 @@ def test_the_raw_kernel_refuses_what_the_op_would_have(cpu_isa):
 
     def call(target=target, tables=tables, projections=projections, head_bias=head_bias, tail_biases=tail_biases):
         return torch.ops.cprec_native.clustered_softmax(
-            hidden, target, tables, projections, head_bias, tail_biases, IGNORE
+            hidden, target, tables, projections, head_bias, tail_biases, IGNORE, True, None
         )
 
     assert call()[0].isfinite().all()

@@ -228,15 +228,16 @@ def test_opcheck(case, bias):
     weights = copy_weights(make_softmax(case.partition, bias=bias), torch.float32, requires_grad=True)
     hidden, target = inputs(case.partition, shape=(20,))
     torch.library.opcheck(
-        torch.ops.cprec.clustered_softmax.default, (hidden.requires_grad_(), target, *weights.args(), IGNORE)
+        torch.ops.cprec.clustered_softmax.default,
+        (hidden.requires_grad_(), target, *weights.args(), IGNORE, True, None),
     )
     plain = copy_weights(weights, torch.float32)
     args = hidden.detach(), target, *plain.args()
-    lse = torch.ops.cprec.clustered_softmax(*args, IGNORE)[2:]
+    lse = torch.ops.cprec.clustered_softmax(*args, IGNORE, True, None)[2:]
     for mask in ([True] * 5, [False, True, False, False, True]):
         torch.library.opcheck(
             torch.ops.cprec.clustered_softmax_backward.default,
-            (torch.randn(20), torch.randn(20), *args, *lse, IGNORE, mask),
+            (torch.randn(20), torch.randn(20), *args, *lse, IGNORE, None, mask),
         )
     # Fake and real results must agree in strides for parameters that are not contiguous, too.
     transposed = plain._replace(
@@ -246,7 +247,7 @@ def test_opcheck(case, bias):
         with use_backend(backend):
             torch.library.opcheck(
                 torch.ops.cprec.clustered_softmax_backward.default,
-                (torch.randn(20), torch.randn(20), args[0], target, *transposed.args(), *lse, IGNORE, [True] * 5),
+                (torch.randn(20), torch.randn(20), args[0], target, *transposed.args(), *lse, IGNORE, None, [True] * 5),
             )
     items = torch.randint(case.partition.num_items, (20, 3))
     torch.library.opcheck(torch.ops.cprec.clustered_score.default, (hidden.detach(), items, *plain.args()))
@@ -277,20 +278,41 @@ def test_compile_fullgraph_with_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_keeps_losses_in_fp32(dtype):
+def test_autocast(case, dtype, cpu_backend, poison):
+    """Products in the narrow type, as exact as the narrow reference's; losses, weights and their gradients stay fp32."""
+    weights = make_softmax(case.partition)
+    hidden, target = inputs(case.partition)
+
+    def run(compute_dtype, narrow):
+        h = hidden.to(compute_dtype, copy=True).requires_grad_()
+        w = copy_weights(weights, compute_dtype, requires_grad=True)
+        leaves = [h, *weight_tensors(w)]
+        with torch.autocast("cpu", dtype, enabled=narrow):
+            loss = functional.clustered_cross_entropy(h, target, w, label_smoothing=0.1)
+        grads = torch.autograd.grad(loss, leaves)
+        assert all(grad.dtype == leaf.dtype for grad, leaf in zip(grads, leaves, strict=True))
+        return [loss, *grads]
+
+    ours = run(torch.float32, True)
+    assert ours[0].dtype == torch.float32
+    with use_backend("reference"):
+        truth, base = run(torch.float64, False), run(dtype, False)
+    for i, (a, t, b) in enumerate(zip(ours, truth, base, strict=True)):
+        assert_accurate(a, b, t, dtype, f"result {i}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_accepts_any_mix_of_dtypes(dtype):
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
     weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
     hidden, target = inputs(partition)
-    narrow = copy_weights(weights, dtype)
-    expected = functional.clustered_cross_entropy(hidden.to(dtype), target, narrow)
     with torch.autocast("cpu", dtype):
-        loss = functional.clustered_cross_entropy(hidden.to(dtype), target, weights)  # dtypes may differ here
+        loss = functional.clustered_cross_entropy(hidden.to(dtype), target, weights)
         loss.backward()
         assert functional.clustered_score(hidden, target.clamp(min=0)[..., None], weights).dtype == torch.float32
         log_prob = functional.clustered_log_prob(hidden.to(dtype), weights)
     assert loss.dtype == log_prob.dtype == torch.float32
-    assert torch.equal(loss, expected)
-    assert torch.equal(log_prob, functional.clustered_log_prob(hidden.to(dtype), narrow))
+    assert torch.equal(log_prob, functional.clustered_log_prob(hidden.to(dtype), copy_weights(weights, dtype)))
     assert all(leaf.grad.dtype == torch.float32 for leaf in weight_tensors(weights))
 
 

@@ -6,43 +6,55 @@
 
 #include <cstdint>
 
+#include "cprec/dtype.h"
+
 namespace cprec {
 
-// Rows of `hidden` are padded with zeros to a multiple of both, and so are buffers per token: every kernel's tile fits.
-constexpr std::int64_t kTokenPad = 12;
-constexpr std::int64_t kRankPad = 32;
+// Buffers per token are padded to a multiple of this, so that every kernel's vectors fit; rows of z to kRankPad floats.
+constexpr std::int64_t kTokenPad = 16;
+constexpr std::int64_t kRankPad = 8;
+
+// Products are taken of fp32, or of bf16 pairs: then every float of a packed buffer holds two bf16 values, and a dot
+// product has half as many steps. Sums, exponentials and gradients of the weights are fp32 in both.
+enum class Product : std::int32_t { kFloat32, kBFloat16 };
 
 struct SoftmaxLevel {
-  const float* weight;  // (num_entries, rank), contiguous
-  const float* bias;    // (num_entries,) or null
-  const float* hidden;  // (num_tokens padded, rank_stride): z = Q_j h, zeros beyond num_tokens and rank
+  const void* weight;  // (num_entries, rank), contiguous
+  DType dtype;         // of weight and of its gradient
+  Product product;
+  const float* bias;     // (num_entries,) or null
+  const float* columns;  // z = Q_j h times log2(e), packed by pack_columns: logits come in powers of two
+  const float* rows;     // z, packed by pack_rows: for the gradient of the weight
   std::int64_t num_entries;
   std::int64_t rank;
-  std::int64_t rank_stride;  // rank rounded up to kRankPad
-  std::int64_t num_tokens;   // padded to kTokenPad
+  std::int64_t num_tokens;  // padded to kTokenPad; z is zero there
+  std::int64_t depth;       // steps of a dot product over the rank: rank, or the number of its pairs
+  std::int64_t stride;      // rank rounded up to kRankPad
 };
 
 // Log-sum-exp of entries begin..end-1 for every token: sum of 2^(logit * log2(e) - shift).
 struct SoftmaxLseSlab {
   std::int64_t begin, end;
-  float* shift;       // (num_tokens,) out
-  double* sum;        // (num_tokens,) out
-  float* weight_sum;  // (rank_stride,) out: sum of the slab's weight rows, for the mean logit
-  float* workspace;   // softmax_lse_workspace floats
+  float* shift;      // (num_tokens,) out
+  double* sum;       // (num_tokens,) out
+  float* workspace;  // softmax_lse_workspace floats
 };
 
-// Gradients of entries begin..end-1. With p = exp(logit - lse): d logit = coefficient p + uniform, plus at_target where
-// the entry is the token's column.
+// Gradients of entries begin..end-1. With p = exp(logit - lse): d logit = coefficient p + uniform, except where the
+// entry is the token's own: there it is at_target, which the caller has from a sum that loses no digits when p is
+// near 1.
 struct SoftmaxGradSlab {
   std::int64_t begin, end;
-  const float* lse;            // (num_tokens,) log-sum-exp
+  const float* lse;            // (num_tokens,) log-sum-exp times log2(e), rounded
+  const float* lse_rest;       // (num_tokens,) what the rounding left
   const float* coefficient;    // (num_tokens,) -(g1 + g2); 0 for padding
   const float* uniform;        // (num_tokens,) g2 / C; 0 for padding
-  const float* at_target;      // (num_tokens,) g1
+  const float* at_target;      // (num_tokens,)
   const std::int64_t* column;  // (num_tokens,) entry of the target; -1 for padding
-  float* d_weight;             // (num_entries, rank), rows begin..end-1 are written; or null
+  void* d_weight;              // (num_entries, rank), rows begin..end-1 are written; or null
   float* d_bias;               // (num_entries,), likewise; or null
-  float* d_hidden;             // (num_tokens, rank_stride) of this slab, written; or null
+  float* d_hidden;             // (num_tokens, stride) of this slab, written; or null
+  bool accumulate;             // add to d_weight and d_bias instead
   float* workspace;            // softmax_grad_workspace floats
 };
 

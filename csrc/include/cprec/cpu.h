@@ -14,7 +14,13 @@ struct CpuKernels {
   const char* isa;
   // Tokens begin..end-1. Returns the position of the first id that is out of range, or -1; such rows are not written.
   std::int64_t (*block_embedding)(const BlockEmbeddingParams& params, std::int64_t begin, std::int64_t end);
+  // Packs hidden states z (count, rank) into level.columns, (num_tokens rounded up to 32, stride) floats at the most,
+  // and level.rows, (num_tokens, stride) floats.
+  void (*softmax_pack)(const SoftmaxLevel& level, const float* z, std::int64_t count, float* columns, float* rows);
   void (*softmax_lse)(const SoftmaxLevel& level, const SoftmaxLseSlab& slab);
+  // Logits times log2(e) of tokens begin..end-1 at entry column[t]; workspace as softmax_lse's.
+  void (*softmax_target_logits)(const SoftmaxLevel& level, const std::int64_t* column, std::int64_t begin,
+                                std::int64_t end, float* out, float* workspace);
   void (*softmax_grad)(const SoftmaxLevel& level, const SoftmaxGradSlab& slab);
   // Floats of workspace that one slab of a level needs.
   std::int64_t (*softmax_lse_workspace)(const SoftmaxLevel& level);
@@ -25,6 +31,7 @@ struct CpuKernels {
 extern const CpuKernels kScalarKernels;
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
+extern const CpuKernels kAvx512Bf16Kernels;
 
 // The table in use: the widest that this processor runs, unless CPREC_CPU_ISA or set_cpu_isa named one.
 // Throws std::invalid_argument when CPREC_CPU_ISA names one that is unknown or cannot run here.

@@ -1,0 +1,108 @@
+#include "torch/pool.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <list>
+#include <mutex>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace cprec {
+namespace {
+
+constexpr int64_t kHugePage = int64_t{2} << 20;
+// What malloc serves from memory that it keeps anyway: below its threshold for mapping pages afresh.
+constexpr int64_t kSmall = int64_t{1} << 20;
+
+class Pool {
+ public:
+  void* take(int64_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      in_use_ += bytes;
+      peak_ = std::max(peak_, in_use_);
+      const auto found = std::find_if(idle_.begin(), idle_.end(), [&](const Block& b) { return b.bytes == bytes; });
+      if (found != idle_.end()) {
+        void* memory = found->memory;
+        idle_bytes_ -= bytes;
+        idle_.erase(found);
+        return memory;
+      }
+      // The longest idle go first.
+      while (!idle_.empty() && in_use_ + idle_bytes_ > peak_) drop_oldest();
+    }
+    void* memory = std::aligned_alloc(kHugePage, static_cast<size_t>((bytes + kHugePage - 1) / kHugePage * kHugePage));
+    if (memory == nullptr) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      in_use_ -= bytes;
+      return nullptr;
+    }
+#ifdef __linux__
+    // Fewer faults and fewer TLB misses; that it is refused on some systems is no harm.
+    madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#endif
+    return memory;
+  }
+
+  void put_back(void* memory, int64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    in_use_ -= bytes;
+    idle_bytes_ += bytes;
+    idle_.push_back({memory, bytes});
+  }
+
+  int64_t release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int64_t bytes = idle_bytes_;
+    while (!idle_.empty()) drop_oldest();
+    peak_ = in_use_;
+    return bytes;
+  }
+
+ private:
+  struct Block {
+    void* memory;
+    int64_t bytes;
+  };
+
+  void drop_oldest() {
+    std::free(idle_.front().memory);
+    idle_bytes_ -= idle_.front().bytes;
+    idle_.pop_front();
+  }
+
+  std::mutex mutex_;
+  std::list<Block> idle_;
+  int64_t in_use_ = 0, idle_bytes_ = 0, peak_ = 0;
+};
+
+// Never destroyed: tensors may outlive every static object.
+Pool& pool() {
+  static Pool* instance = new Pool;
+  return *instance;
+}
+
+}  // namespace
+
+at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  int64_t bytes = static_cast<int64_t>(options.dtype().itemsize());
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes < kSmall) return at::empty(sizes, options);
+  void* memory = pool().take(bytes);
+  TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes for a tensor of shape ", sizes);
+  at::Tensor out = at::from_blob(memory, sizes, [bytes](void* block) { pool().put_back(block, bytes); }, options);
+  // As at::empty does, for whoever hunts reads of what was never written.
+  if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())
+    out.fill_(std::numeric_limits<double>::quiet_NaN());
+  return out;
+}
+
+int64_t release_pool() {
+  return pool().release();
+}
+
+}  // namespace cprec
