@@ -84,7 +84,9 @@ TailBias = Annotated[bool, typer.Option("--tail-bias", help="A bias in every tai
 SparseEmbedding = Annotated[
     bool,
     typer.Option(
-        "--sparse-embedding", help="Sparse gradients and SparseAdam for item tables.", rich_help_panel="Model"
+        "--sparse-embedding",
+        help="Sparse gradients for item tables: steps cost time for the rows of a batch alone.",
+        rich_help_panel="Model",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]

@@ -20,7 +20,7 @@ from torch import Tensor
 from cprec.batches import ResumableBatches, ordered_batches
 from cprec.evaluation import TOPN, metrics_of_ranks
 from cprec.files import atomic_write
-from cprec.optim import build_optimizer, clip_gradients, warmup_factor
+from cprec.optim import build_optimizer, clip_gradients, finish_steps, prepare_step, warmup_factor
 from cprec.training import MONITOR, EpochRecord, NonFiniteLossError, TrainingConfig, TrainingStateError
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ class TrainingModule(pl.LightningModule):
             self._clock = time.perf_counter()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        prepare_step(self.trainer.optimizers[0], self.model.embedding, batch[:, :-1])
         loss = self.model.loss(batch)
         self._watch(loss.detach())
         self._tokens += self._batch_tokens
@@ -223,6 +224,8 @@ class TrainingModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.check_loss()
+        # once an epoch, always at the same step: states saved within an epoch keep what is pending
+        finish_steps(self.trainer.optimizers[0])
         self.check_parameters()
         self._clock = None  # validation is not training time
         self._ranks = []

@@ -1,14 +1,14 @@
-"""Optimisers of the recommender: AdamW for dense gradients, SparseAdam for block-embedding tables with sparse ones."""
+"""Optimisers of the recommender: AdamW, row by row where block-embedding tables have sparse gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from cprec_kernels.nn import BlockEmbedding
+from cprec_kernels.optim import RowwiseAdamW
 
 NO_DECAY_MODULES = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d)
 
@@ -27,8 +27,7 @@ def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """Split the trainable parameters, each exactly once, into (decayed, not decayed, sparse).
 
     Weight decay skips biases and normalisation layers, told by their module and by having fewer than two dimensions:
-    they set offsets and scales, which need not be small. Sparse tables are never decayed: a decay of every row in every
-    step would touch the whole table.
+    they set offsets and scales, which need not be small. Sparse tables are decayed like dense ones.
     """
     sparse = sparse_parameters(model)
     taken = {id(parameter) for parameter in sparse}
@@ -47,61 +46,43 @@ def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return decayed, plain, [parameter for parameter in sparse if parameter.requires_grad]
 
 
-class DenseSparseAdam(torch.optim.Optimizer):
-    """AdamW and SparseAdam behind the interface of one optimiser, for loops that allow only one.
-
-    ``param_groups`` lists the groups of both (the same dictionaries, so schedulers act on both); ``state_dict`` holds
-    theirs under ``dense`` and ``sparse``.
-    """
-
-    def __init__(self, dense: torch.optim.Optimizer, sparse: torch.optim.Optimizer) -> None:
-        self.dense, self.sparse = dense, sparse
-        super().__init__([*dense.param_groups, *sparse.param_groups], {})
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of both. The closure, when given, runs once, before either."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.dense.step()
-        self.sparse.step()
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"dense": self.dense.state_dict(), "sparse": self.sparse.state_dict()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.dense.load_state_dict(dict(state_dict["dense"]))
-        self.sparse.load_state_dict(dict(state_dict["sparse"]))
-        # loading replaces the inner groups: share the new ones
-        self.param_groups = [*self.dense.param_groups, *self.sparse.param_groups]
-
-
 def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, ICLR 2019) over the model; with sparse tables, AdamW and SparseAdam together.
+    """AdamW (Loshchilov and Hutter, ICLR 2019) over the model: torch's, or with sparse tables :class:`RowwiseAdamW`.
+
+    With the latter, call :func:`prepare_step` before every training step and :func:`finish_steps` before the model is
+    evaluated or saved.
 
     Args:
         model: parameters already on their device.
-        learning_rate: for both optimisers.
-        weight_decay: of matrices with dense gradients only, see :func:`parameter_groups`.
+        learning_rate: of all parameters.
+        weight_decay: of matrices and tables only, see :func:`parameter_groups`.
+
+    Raises:
+        ValueError: with sparse tables, learning_rate * weight_decay of 1 or more.
     """
     decayed, plain, sparse = parameter_groups(model)
     groups = [
         {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((decayed, weight_decay), (plain, 0.0))
+        for parameters, decay in ((decayed, weight_decay), (plain, 0.0), (sparse, weight_decay))
         if parameters
     ]
+    if sparse:
+        return RowwiseAdamW(groups, lr=learning_rate)
     devices = {parameter.device.type for parameter in (*decayed, *plain)}
     fused = devices <= {"cpu", "cuda"} and all(parameter.is_floating_point() for parameter in (*decayed, *plain))
-    dense = torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
-    if not sparse:
-        return dense
-    return DenseSparseAdam(dense, torch.optim.SparseAdam(sparse, lr=learning_rate))
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+
+
+def prepare_step(optimizer: torch.optim.Optimizer, embedding: BlockEmbedding, ids: Tensor) -> None:
+    """Have the rows that ``embedding(ids)`` reads decayed as often as a dense AdamW would have."""
+    if isinstance(optimizer, RowwiseAdamW):
+        optimizer.prepare(embedding, ids)
+
+
+def finish_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Have all rows decayed as often as a dense AdamW would have."""
+    if isinstance(optimizer, RowwiseAdamW):
+        optimizer.apply_pending_decay()
 
 
 def warmup_factor(step: int, warmup_steps: int) -> float:

@@ -50,8 +50,8 @@ class TrainingConfig:
         length: items the model sees, L; windows hold L + 1.
         batch_size: windows per step and device.
         epochs: upper limit.
-        learning_rate: of AdamW, and of SparseAdam where the model has sparse embeddings.
-        weight_decay: of dense matrices; never of biases, normalisation layers and sparse tables.
+        learning_rate: of AdamW.
+        weight_decay: of matrices and item tables; never of biases and normalisation layers.
         warmup_steps: steps of linear warm-up; 0 for none.
         gradient_clip: largest joint 2-norm of all gradients; 0 for no clipping.
         precision: "32-true" or "bf16-mixed" (autocast).

@@ -8,7 +8,15 @@ import torch
 
 from cprec.batches import EpochBatches, ResumableBatches, ordered_batches
 from cprec.model import NextItNet, NextItNetConfig
-from cprec.optim import DenseSparseAdam, build_optimizer, clip_gradients, parameter_groups, warmup_factor
+from cprec.optim import (
+    build_optimizer,
+    clip_gradients,
+    finish_steps,
+    parameter_groups,
+    prepare_step,
+    warmup_factor,
+)
+from cprec_kernels.optim import RowwiseAdamW
 
 
 def tiny_model(sparse=False, **options):
@@ -50,33 +58,68 @@ def test_decay_moves_matrices_alone():
         torch.testing.assert_close(parameter.detach(), expected, msg=name)
 
 
-def test_sparse_tables_get_sparse_adam_and_rows_outside_the_batch_stay():
+def steps(model, optimizer, seeds):
+    for seed in seeds:
+        optimizer.zero_grad()
+        prepare_step(optimizer, model.embedding, windows(seed)[:, :-1])
+        model.loss(windows(seed)).backward()
+        optimizer.step()
+
+
+def test_sparse_tables_move_in_the_rows_of_the_batch_and_decay_in_all():
     model = tiny_model(sparse=True)
     before = [table.detach().clone() for table in model.embedding.embeddings]
     optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.1)
-    assert isinstance(optimizer, DenseSparseAdam)
-    assert isinstance(optimizer.sparse, torch.optim.SparseAdam)
+    assert isinstance(optimizer, RowwiseAdamW)
     model.loss(torch.tensor([[1, 7, 20, 2]])).backward()
     optimizer.step()
+    own = ([1], [7 - 5], [20 - 12])  # item 2 is a target only
     moved = [
         (table.detach() != old).any(1).nonzero().flatten().tolist()
         for table, old in zip(model.embedding.embeddings, before, strict=True)
     ]
-    assert moved == [[1], [7 - 5], [20 - 12]]  # item 2 is a target only
+    assert tuple(moved) == own
+    finish_steps(optimizer)
+    for table, old, rows in zip(model.embedding.embeddings, before, own, strict=True):
+        others = torch.ones(len(table), dtype=torch.bool).index_fill(0, torch.tensor(rows), False)
+        torch.testing.assert_close(table.detach()[others], old[others] * 0.99)
 
 
-def test_composite_state_continues_exactly():
-    def steps(model, optimizer, seeds):
-        for seed in seeds:
+def test_a_dense_model_is_prepared_and_finished_by_doing_nothing():
+    model = tiny_model()
+    optimizer = build_optimizer(model, 0.01, 0.1)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    steps(model, optimizer, range(2))
+    before = copy.deepcopy(model.state_dict())
+    finish_steps(optimizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_sparse_and_dense_training_see_the_same_parameters_while_every_item_is_in_the_batch():
+    """Then no row ever waits, and SparseAdam's moments are Adam's."""
+    batch = torch.arange(30).repeat(2, 2)  # every item is read
+    models = [tiny_model(), tiny_model(sparse=True)]
+    for model in models:
+        optimizer = build_optimizer(model, 0.01, 0.5)
+        for _ in range(5):
             optimizer.zero_grad()
-            model.loss(windows(seed)).backward()
+            prepare_step(optimizer, model.embedding, batch[:, :-1])
+            model.loss(batch).backward()
             optimizer.step()
+        finish_steps(optimizer)
+    for (name, one), (_, other) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
+        padding = int(name == "embedding.embeddings.2")  # decays from zero to zero
+        torch.testing.assert_close(
+            one[: len(one) - padding], other[: len(one) - padding], rtol=1e-4, atol=1e-5, msg=name
+        )
 
+
+def test_a_saved_state_continues_exactly_with_decay_still_waiting():
     whole = tiny_model(sparse=True)
-    optimizer = build_optimizer(whole, 0.01, 0.01)
+    optimizer = build_optimizer(whole, 0.01, 0.1)
     steps(whole, optimizer, range(3))
     half = copy.deepcopy(whole)
-    resumed = build_optimizer(half, 0.01, 0.01)
+    resumed = build_optimizer(half, 0.01, 0.1)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(whole, optimizer, range(3, 6))
     steps(half, resumed, range(3, 6))
@@ -84,12 +127,12 @@ def test_composite_state_continues_exactly():
         assert torch.equal(tensor, half.state_dict()[name]), name
 
 
-def test_a_schedule_reaches_both_optimisers_also_after_loading():
+def test_a_schedule_reaches_all_groups_also_after_loading():
     model = tiny_model(sparse=True)
     optimizer = build_optimizer(model, 0.01, 0.0)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
-    assert [group["lr"] for group in (*optimizer.dense.param_groups, *optimizer.sparse.param_groups)] == [0.005] * 3
+    assert [group["lr"] for group in optimizer.param_groups] == [0.005] * 3
     assert scheduler.get_last_lr() == [0.005] * 3
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cprec_kernels import functional
+from cprec_kernels.optim import RowwiseAdagrad, RowwiseAdamW
 from cprec_kernels.reference import block_embedding as ref_embedding
 from cprec_kernels.reference import clustered_softmax as ref_softmax
 from cprec_kernels.testing import (
@@ -69,6 +70,27 @@ def test_topk_and_rank(case):
     scores, items = functional.clustered_topk(hidden.cuda(), k, there)
     assert_same_items(items.cpu(), scores.cpu(), log_prob, 1e-4)
     assert (functional.clustered_rank(hidden.cuda(), items[:, k - 1], there) == k - 1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [RowwiseAdamW, RowwiseAdagrad])
+def test_row_optimizers(kind, dtype):
+    """Sparse and dense gradients in turn, with decay that waits: as on the CPU."""
+    results = {}
+    for name, device, wide in (("truth", "cpu", torch.float64), ("base", "cpu", dtype), ("ours", "cuda", dtype)):
+        generator = torch.Generator().manual_seed(0)
+        table = torch.randn(50, 7, generator=generator).to(dtype).to(device, wide).requires_grad_()
+        optimizer = kind([table], lr=0.1, weight_decay=0.5)
+        for step in range(12):
+            rows = torch.randperm(50, generator=generator)[:9].sort().values
+            values = torch.randn(9, 7, generator=generator).to(dtype).to(device, wide)
+            grad = torch.sparse_coo_tensor(rows[None].to(device), values, table.shape)
+            optimizer.catch_up(table, rows.to(device).repeat(2))
+            table.grad = grad.to_dense() if step == 6 else grad
+            optimizer.step()
+        optimizer.apply_pending_decay()
+        results[name] = table
+    assert_accurate(results["ours"], results["base"], results["truth"], dtype)
 
 
 def test_a_training_step_never_waits_for_the_device(case):
