@@ -1,21 +1,25 @@
 """Fused kernels for compressed next-item recommenders: block embeddings, clustered softmax, exact top-N (CpRec)."""
 
-from . import functional, nn
+from . import functional, nn, optim
 from ._backend import BackendError, backend_of, get_backend, set_backend, use_backend
-from ._native import available_cpu_isas, cpu_isa, set_cpu_isa
+from ._native import available_cpu_isas, cpu_isa, release_memory, set_cpu_isa
 from ._version import __version__
+from .ops._library import accumulate_in_place
 from .partition import Partition
 
 __all__ = [
     "BackendError",
     "Partition",
     "__version__",
+    "accumulate_in_place",
     "available_cpu_isas",
     "backend_of",
     "cpu_isa",
     "functional",
     "get_backend",
     "nn",
+    "optim",
+    "release_memory",
     "set_backend",
     "set_cpu_isa",
     "use_backend",

@@ -76,7 +76,7 @@ def _loaded() -> ModuleType:
 
 
 def cpu_isa() -> str:
-    """Instruction set of the CPU kernels in use: "scalar", "avx2" or "avx512".
+    """Instruction set of the CPU kernels in use: "scalar", "avx2", "avx512" or "avx512_bf16".
 
     Raises:
         RuntimeError: there is no native module. ValueError: ``CPREC_CPU_ISA`` names one that cannot run here.
@@ -96,3 +96,11 @@ def set_cpu_isa(name: str) -> None:
         RuntimeError: there is no native module. ValueError: an unknown name, or one that cannot run here.
     """
     _loaded().set_cpu_isa(name)
+
+
+def release_memory() -> int:
+    """Give memory that the kernels keep for the next step's gradients back to the system; returns the bytes.
+
+    The kernels never keep more, in use and idle, than was in use at once.
+    """
+    return 0 if STATUS.module is None else int(STATUS.module.release_memory())

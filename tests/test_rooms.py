@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STEMS = {"block_embedding", "clustered_softmax", "clustered_topk"}
+STEMS = {"block_embedding", "clustered_softmax", "clustered_topk", "row_optimizer"}
 
 # Folder, suffix -> the stems that must have a file there today. A file there whose name is not a stem, and is not
 # listed beside it as shared by all ops, has lost its way. Kernels that come later add their stem here.
@@ -17,15 +17,29 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("cprec_kernels/reference", ".py"): (STEMS, {"__init__", "common"}),
     ("cprec_kernels/ops", ".py"): (STEMS, {"__init__", "_library"}),
     ("cprec_kernels/nn", ".py"): ({"block_embedding", "clustered_softmax"}, {"__init__"}),
+    ("cprec_kernels/optim", ".py"): ({"rowwise_adagrad", "rowwise_adamw"}, {"__init__", "_rowwise"}),
     ("cprec_kernels/_triton", ".py"): (set(), {"__init__", "configs", "common"}),
-    ("csrc/include/cprec", ".h"): ({"block_embedding", "clustered_softmax"}, {"cpu", "dtype"}),
-    ("csrc/torch", ".cpp"): ({"block_embedding", "clustered_softmax"}, set()),
+    ("csrc/include/cprec", ".h"): ({"block_embedding", "clustered_softmax", "row_optimizer"}, {"cpu", "dtype"}),
+    ("csrc/torch", ".cpp"): (
+        {"block_embedding", "clustered_softmax", "row_optimizer"},
+        {"block_embedding_backward", "clustered_softmax_backward", "pool"},
+    ),
+    ("csrc/torch", ".h"): (
+        set(),
+        {"block_embedding_call", "clustered_softmax_levels", "pool", "threads", "token_groups"},
+    ),
     ("csrc/cpu", ".h"): (
-        {"block_embedding", "clustered_softmax"},
-        {"half", "math", "transpose_x86", "vec_scalar", "vec_avx2", "vec_avx512"},
+        {"block_embedding", "clustered_softmax", "row_optimizer"},
+        {"block_embedding_backward", "half", "kernel_table", "math", "roofline", "softmax_block", "transpose_x86"}
+        | {"vec_scalar", "vec_avx2", "vec_avx512"},
     ),
     ("csrc/cuda", ".cu"): ({"block_embedding"}, set()),
     ("tests/ops", ".py"): ({f"test_{stem}" for stem in STEMS}, set()),
+    ("tests/optim", ".py"): ({"test_rowwise_adagrad", "test_rowwise_adamw"}, {"test_pending_decay"}),
+    ("benchmarks/ops", ".py"): (
+        {f"bench_{stem}" for stem in STEMS - {"row_optimizer"}},
+        {"__init__", "bench_train_step"},
+    ),
 }
 
 
@@ -57,6 +71,9 @@ ARROWS = {
     "cprec": {"cprec", "cprec_kernels"},
     "cprec_kernels": {"cprec_kernels"},  # the package's front: __init__, __main__
     "cprec_kernels.nn": {"cprec_kernels.nn", "cprec_kernels.functional", "cprec_kernels.ops", "cprec_kernels.partition"},
+    "cprec_kernels.optim": {
+        "cprec_kernels.optim", "cprec_kernels.nn", "cprec_kernels.ops",
+    },
     "cprec_kernels.functional": {"cprec_kernels.ops", "cprec_kernels.partition"},
     "cprec_kernels.ops": {
         "cprec_kernels.ops", "cprec_kernels.reference", "cprec_kernels._triton", "cprec_kernels._backend",
@@ -68,6 +85,7 @@ ARROWS = {
     "cprec_kernels._version": set(),
     "cprec_kernels.partition": set(),
     "cprec_kernels.testing": {"cprec_kernels.testing", "cprec_kernels.functional", "cprec_kernels.partition"},
+    "cprec_kernels.testing.roofline": {"cprec_kernels._native"},
 }  # fmt: skip
 OUTSIDE_OF_KERNELS = {"torch", "numpy", "triton"}
 
@@ -111,7 +129,8 @@ def test_imports_point_one_way(path, module):
         if top in ("cprec", "cprec_kernels"):
             target = layer_of(name)
             if layer == "cprec" and target.startswith("cprec_kernels"):
-                public = {"cprec_kernels", "cprec_kernels.nn", "cprec_kernels.functional", "cprec_kernels.partition"}
+                public = {"nn", "functional", "optim", "partition"}
+                public = {"cprec_kernels", *(f"cprec_kernels.{name}" for name in public)}
                 assert target in public or target == "cprec_kernels._version", f"{module} reaches into {name}"
             elif layer == "cprec_kernels":
                 assert top == "cprec_kernels", f"{module} imports {name}"
@@ -121,6 +140,18 @@ def test_imports_point_one_way(path, module):
             import sys
 
             assert top in OUTSIDE_OF_KERNELS or top in sys.stdlib_module_names, f"{module} imports {name}"
+
+
+def test_benchmarks_see_what_users_see():
+    """The public API and cprec_kernels.testing, nothing behind them: a benchmark of internals measures nobody's program."""
+    public = {
+        f"cprec_kernels{name}"
+        for name in ("", ".nn", ".functional", ".optim", ".partition", ".testing", ".testing.roofline")
+    }
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        names = {name for name in imports_of(path, module) if name.split(".")[0] in ("cprec", "cprec_kernels")}
+        assert names <= public, f"{module} imports {sorted(names - public)}"
 
 
 def test_kernels_know_no_torch():

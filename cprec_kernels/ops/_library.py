@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,46 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
         return [cast_floating(item, dtype) for item in value]
     return value
+
+
+_IN_PLACE = "_cprec_accumulate_in_place"
+
+
+def accumulate_in_place(parameters: Iterable[Tensor], enabled: bool = True) -> None:
+    """Let backward add the gradients of large tables straight into existing ``.grad`` storage.
+
+    Autograd writes a gradient of its own and then adds it to ``.grad``: at 10^7 items that is one more pass over
+    gigabytes and twice the memory. For the tables among ``parameters`` (dense gradients of a block embedding, weights of
+    a clustered softmax) our backward does the addition itself, once all tables of a call have a contiguous ``.grad``
+    of their dtype; ``optimizer.zero_grad(set_to_none=False)`` keeps them from step to step. Everything else goes the
+    usual way.
+
+    What differs: autograd sees no gradient for such a table, so hooks on it (DDP's among them) do not run, and
+    ``torch.autograd.grad`` must not be used with it. ``torch.compile`` ignores the request.
+
+    Args:
+        parameters: leaf tensors, e.g. ``module.parameters()``.
+        enabled: False takes the request back.
+    """
+    for parameter in parameters:
+        if not parameter.is_leaf:
+            raise ValueError("only leaf tensors, such as parameters, have a .grad to accumulate into")
+        setattr(parameter, _IN_PLACE, enabled)
+
+
+def gradients_in_place(tables: Sequence[Tensor]) -> list[Tensor] | None:
+    """The ``.grad`` of every table, when all of them asked for :func:`accumulate_in_place` and have one that fits."""
+    gradients = []
+    for table in tables:
+        if not getattr(table, _IN_PLACE, False):
+            return None
+        gradient = table.grad
+        if gradient is None or gradient.layout != torch.strided or gradient.dtype != table.dtype:
+            return None
+        if not gradient.is_contiguous() or gradient.requires_grad:
+            return None
+        gradients.append(gradient)
+    return gradients
 
 
 def check_ids(ids: Tensor, num_items: int, name: str, allowed: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ._library import (
     check_integers,
     define,
     fake,
+    gradients_in_place,
     implement,
     not_twice_differentiable,
 )
@@ -34,6 +36,10 @@ BACKWARD = define(
 BACKWARD_SPARSE = define(
     "block_embedding_backward_sparse(Tensor grad, Tensor ids, Tensor[] embeddings, Tensor[] projections,"
     " int? padding_idx, bool[2] output_mask) -> (Tensor[], Tensor[], Tensor[])"
+)
+BACKWARD_INTO = define(
+    "block_embedding_backward_into(Tensor grad, Tensor ids, Tensor[] embeddings, Tensor[] projections,"
+    " int? padding_idx, Tensor(a!)[] d_embeddings, bool want_projections) -> Tensor[]"
 )
 
 # Implementations
@@ -60,10 +66,25 @@ def _check_values(
     check_ids(ids, _num_items(embeddings), "ids")
 
 
-def _check_backward(grad: Tensor, ids: Tensor, *args: Any) -> None:
+def _check_backward(
+    grad: Tensor,
+    ids: Tensor,
+    embeddings: Sequence[Tensor],
+    projections: Sequence[Tensor],
+    padding_idx: int | None,
+    _output_mask: Sequence[bool],
+) -> None:
+    _check(ids, embeddings, projections, padding_idx, False)
     torch._check_value(
         grad.shape[:-1] == ids.shape, lambda: f"grad is {tuple(grad.shape)} for ids of shape {tuple(ids.shape)}"
     )
+    torch._check_type(
+        grad.dtype == embeddings[0].dtype, lambda: f"grad is {grad.dtype}, embeddings are {embeddings[0].dtype}"
+    )
+
+
+def _check_backward_values(grad: Tensor, ids: Tensor, embeddings: Sequence[Tensor], *args: Any) -> None:
+    check_ids(ids, _num_items(embeddings), "ids")
 
 
 def _num_items(embeddings: Sequence[Tensor]) -> int:
@@ -83,12 +104,52 @@ _backend.register(
     _backend.native(FORWARD, "cuda", NATIVE_DTYPES),
     _backend.reference(_reference),
 )
-_backend.register(BACKWARD, _backend.reference(ref.block_embedding_backward))
-_backend.register(BACKWARD_SPARSE, _backend.reference(ref.block_embedding_backward_sparse))
+_backend.register(
+    BACKWARD, _backend.native(BACKWARD, "cpu", NATIVE_DTYPES), _backend.reference(ref.block_embedding_backward)
+)
+_backend.register(
+    BACKWARD_SPARSE,
+    _backend.native(BACKWARD_SPARSE, "cpu", NATIVE_DTYPES),
+    _backend.reference(ref.block_embedding_backward_sparse),
+)
+
+
+def _native_backward_into(*args: Any) -> list[Tensor]:
+    *before, d_embeddings, want_projections = args
+    d_projections = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in args[3] if want_projections]
+    torch.ops.cprec_native.block_embedding_backward_accumulate(*before, d_embeddings, d_projections)
+    return d_projections
+
+
+def _reference_backward_into(*args: Any) -> list[Tensor]:
+    grad, ids, embeddings, projections, padding_idx, d_embeddings, want_projections = args
+    computed, d_projections = ref.block_embedding_backward(
+        grad, ids, embeddings, projections, padding_idx, [True, want_projections]
+    )
+    for gradient, own in zip(d_embeddings, computed, strict=True):
+        gradient.add_(own)
+    return d_projections
+
+
+_backend.register(
+    BACKWARD_INTO,
+    dataclasses.replace(
+        _backend.native("block_embedding_backward_accumulate", "cpu", NATIVE_DTYPES), call=_native_backward_into
+    ),
+    _backend.reference(_reference_backward_into),
+)
 # The tables, not the integer ids, decide the dtype that an implementation must serve.
 implement(FORWARD, _check, _check_values, anchor=1)
-implement(BACKWARD, _check_backward, lambda *args: None, anchor=0)
-implement(BACKWARD_SPARSE, _check_backward, lambda *args: None, anchor=0)
+implement(BACKWARD, _check_backward, _check_backward_values, anchor=0)
+implement(
+    BACKWARD_INTO,
+    lambda grad, ids, embeddings, projections, padding_idx, *_: _check_backward(
+        grad, ids, embeddings, projections, padding_idx, ()
+    ),
+    _check_backward_values,
+    anchor=0,
+)
+implement(BACKWARD_SPARSE, _check_backward, _check_backward_values, anchor=0)
 
 # Fake
 
@@ -138,7 +199,13 @@ def _fake_backward_sparse(
     return rows, values, d_projections if output_mask[1] else []
 
 
+def _fake_backward_into(*args: Any) -> list[Tensor]:
+    grad, ids, embeddings, projections, padding_idx, _, want_projections = args
+    return _fake_backward(grad, ids, embeddings, projections, padding_idx, [False, want_projections])[1]
+
+
 fake(FORWARD, _fake)
+fake(BACKWARD_INTO, _fake_backward_into)
 fake(BACKWARD, _fake_backward)
 fake(BACKWARD_SPARSE, _fake_backward_sparse)
 
@@ -163,6 +230,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             torch.sparse_coo_tensor(row[None], value, table.shape, is_coalesced=True, check_invariants=False)
             for row, value, table in zip(rows, values, embeddings, strict=False)
         ]
+    elif all(need_embeddings) and (in_place := gradients_in_place(embeddings)) is not None:
+        d_embeddings, d_projections = [], torch.ops.cprec.block_embedding_backward_into(*args[:-1], in_place, mask[1])
     else:
         d_embeddings, d_projections = torch.ops.cprec.block_embedding_backward(*args)
     return None, keep(d_embeddings, need_embeddings), keep(d_projections, need_projections), None, None

@@ -24,6 +24,7 @@ from ._library import (
     check_same_kind,
     define,
     fake,
+    gradients_in_place,
     implement,
     not_twice_differentiable,
 )
@@ -40,6 +41,11 @@ BACKWARD = define(
     f"clustered_softmax_backward(Tensor grad_log_prob, Tensor grad_uniform, Tensor input, Tensor target, {WEIGHTS},"
     " Tensor lse_head, Tensor lse_tail, int ignore_index, ScalarType? arithmetic, bool[5] output_mask)"
     " -> (Tensor, Tensor[], Tensor[], Tensor, Tensor[])"
+)
+BACKWARD_INTO = define(
+    f"clustered_softmax_backward_into(Tensor grad_log_prob, Tensor grad_uniform, Tensor input, Tensor target, {WEIGHTS},"
+    " Tensor lse_head, Tensor lse_tail, int ignore_index, ScalarType? arithmetic, Tensor(a!)[] d_weights,"
+    " bool[5] output_mask) -> (Tensor, Tensor[], Tensor, Tensor[])"
 )
 LOG_PROB = define(f"clustered_log_prob(Tensor input, {WEIGHTS}) -> Tensor")
 SCORE = define(f"clustered_score(Tensor input, Tensor items, {WEIGHTS}) -> Tensor")
@@ -134,31 +140,45 @@ def _unchecked(*args: Any) -> None:
 
 def _reference(input: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *weights, ignore_index, smooth, arithmetic = args
-    factors = [input, *weights] if arithmetic is None else cast_floating([input, *weights], arithmetic)
-    log_prob, uniform, lse_head, lse_tail = ref.clustered_softmax(factors[0], target, *factors[1:], ignore_index)
+    hidden, *factors = [input, *weights] if arithmetic is None else cast_floating([input, *weights], arithmetic)
+    log_prob, uniform, lse_head, lse_tail = ref.clustered_softmax(hidden, target, *Weights(*factors), ignore_index)
     return log_prob, uniform if smooth else torch.zeros_like(uniform), lse_head.double(), lse_tail.double()
 
 
 def _reference_backward(
     grad_log_prob: Tensor, grad_uniform: Tensor, input: Tensor, target: Tensor, *args: Any
 ) -> tuple[Any, ...]:
-    weights, projections, head_bias, tail_biases, lse_head, lse_tail, ignore_index, arithmetic, output_mask = args
-    factors = [input, weights, projections, head_bias, tail_biases]
-    narrow = factors if arithmetic is None else cast_floating(factors, arithmetic)
-    lses = (lse_head.to(accumulate_dtype(narrow[0].dtype)), lse_tail.to(accumulate_dtype(narrow[0].dtype)))
+    *weights, lse_head, lse_tail, ignore_index, arithmetic, output_mask = args
+    hidden, *factors = [input, *weights] if arithmetic is None else cast_floating([input, *weights], arithmetic)
+    wide = accumulate_dtype(hidden.dtype)
     gradients = ref.clustered_softmax_backward(
-        grad_log_prob, grad_uniform, narrow[0], target, *narrow[1:], *lses, ignore_index, output_mask
-    )
+        grad_log_prob, grad_uniform, hidden, target, *Weights(*factors), lse_head.to(wide), lse_tail.to(wide),
+        ignore_index, output_mask,
+    )  # fmt: skip
     return gradients if arithmetic is None else cast_floating(gradients, input.dtype)
+
+
+def _reference_backward_into(*args: Any) -> tuple[Any, ...]:
+    *before, d_weights, output_mask = args
+    d_input, computed, *rest = _reference_backward(*before, output_mask)
+    for gradient, own in zip(d_weights, computed, strict=True):
+        gradient.add_(own)
+    return d_input, *rest
 
 
 # Half precision is widened and computed in fp32. bf16 is multiplied as it is and summed in fp32.
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _backend.register(FORWARD, _backend.native(FORWARD, "cpu", NATIVE_DTYPES), _backend.reference(_reference))
 _backend.register(BACKWARD, _backend.native(BACKWARD, "cpu", NATIVE_DTYPES), _backend.reference(_reference_backward))
+_backend.register(
+    BACKWARD_INTO,
+    _backend.native(BACKWARD_INTO, "cpu", NATIVE_DTYPES),
+    _backend.reference(_reference_backward_into),
+)
 _backend.register(SCORE, _backend.reference(ref.clustered_score))
 implement(FORWARD, _check, _check_values, anchor=0)
 implement(BACKWARD, _unchecked, _unchecked, anchor=2)
+implement(BACKWARD_INTO, _unchecked, _unchecked, anchor=2)
 implement(
     SCORE,
     _check_score,
@@ -208,6 +228,12 @@ def _fake_backward(
     )
 
 
+def _fake_backward_into(*args: Any) -> tuple[Any, ...]:
+    *before, _, output_mask = args
+    d_input, _, *rest = _fake_backward(*before, output_mask)
+    return d_input, *rest
+
+
 def _fake_score(input: Tensor, items: Tensor, *weights: Any) -> Tensor:
     _check_score(input, items, *weights)
     return torch.empty_like(items, dtype=accumulate_dtype(input.dtype), memory_format=torch.contiguous_format)
@@ -215,6 +241,7 @@ def _fake_score(input: Tensor, items: Tensor, *weights: Any) -> Tensor:
 
 fake(FORWARD, _fake)
 fake(BACKWARD, _fake_backward)
+fake(BACKWARD_INTO, _fake_backward_into)
 fake(SCORE, _fake_score)
 
 # Autograd
@@ -234,11 +261,19 @@ def _backward(ctx: Any, grad_log_prob: Tensor, grad_uniform: Tensor, _head: Tens
     weights, projections = rest[:num_weights], rest[num_weights : num_weights + num_projections]
     tail_biases = rest[num_weights + num_projections :]
     need_input, _, need_weights, need_projections, need_head_bias, need_tail_biases, *_ = ctx.needs_input_grad
-    mask = [need_input, any(need_weights), any(need_projections), need_head_bias, any(need_tail_biases)]
-    d_input, d_weights, d_projections, d_head_bias, d_tail_biases = torch.ops.cprec.clustered_softmax_backward(
+    args = (
         grad_log_prob, grad_uniform, input, target, weights, projections, head_bias, tail_biases,
-        lse_head, lse_tail, ctx.ignore_index, ctx.arithmetic, mask,
+        lse_head, lse_tail, ctx.ignore_index, ctx.arithmetic,
     )  # fmt: skip
+    mask = [need_input, any(need_weights), any(need_projections), need_head_bias, any(need_tail_biases)]
+    in_place = gradients_in_place(weights) if all(need_weights) else None
+    if in_place is not None:
+        into = torch.ops.cprec.clustered_softmax_backward_into
+        d_input, d_projections, d_head_bias, d_tail_biases = into(*args, in_place, mask)
+        d_weights: list[Tensor] = []
+    else:
+        backward = torch.ops.cprec.clustered_softmax_backward
+        d_input, d_weights, d_projections, d_head_bias, d_tail_biases = backward(*args, mask)
     return (
         d_input if need_input else None,
         None,

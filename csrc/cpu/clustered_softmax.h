@@ -142,6 +142,13 @@ struct GradientTile {
   int64_t stride;   // an odd multiple of 16: rows then fall into different sets of the cache
 };
 
+// p = 2^(logit - lse), the log-sum-exp in two parts; as exact as the tile that it goes to.
+template <class P>
+static inline __attribute__((always_inline)) Vec probability(Vec logit, Vec lse, Vec rest) {
+  if constexpr (P::kPairs) return exp2_narrow(Vec::sub(logit, lse));
+  return exp2(Vec::sub(Vec::sub(logit, lse), rest));
+}
+
 // d logits of the block and N vectors of tokens, the first at tile column t.
 template <class P, int N>
 static inline void gradient_panel(const SoftmaxLevel& level, const SoftmaxGradSlab& slab, const Block& block,
@@ -156,7 +163,7 @@ static inline void gradient_panel(const SoftmaxLevel& level, const SoftmaxGradSl
       const Vec coefficient = Vec::load(slab.coefficient + at), uniform = Vec::load(slab.uniform + at);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const Vec p = exp2(Vec::sub(Vec::sub(sums[m][n], lse), rest));
+        const Vec p = probability<P>(sums[m][n], lse, rest);
         sums[m][n] = Vec::fma(coefficient, p, uniform);
         store_tile<P>(tile.by_token, i + m, tile.stride, t + n * Vec::kWidth, sums[m][n]);
       }
@@ -239,8 +246,7 @@ static void grad_of(const SoftmaxLevel& level, const SoftmaxGradSlab& slab) {
           });
         });
       }
-      if (slab.d_bias != nullptr)
-        bias_gradient<P>(tile, block.count, tokens, slab.d_bias + first, t0 > 0 || slab.accumulate);
+      if (slab.d_bias != nullptr) bias_gradient<P>(tile, block.count, tokens, slab.d_bias + first, t0 > 0);
     }
     if (slab.d_weight != nullptr && !direct) store_gradient(level, slab, first, block.count, d_rows);
   }

@@ -21,6 +21,18 @@ static inline Vec exp2(Vec x) {
   return Vec::scale(p, n);
 }
 
+// 2^x, relative error below 8e-5: for results that are rounded to bf16, whose half unit is 2e-3.
+static inline Vec exp2_narrow(Vec x) {
+  x = Vec::max(Vec::broadcast(-126.0f), x);
+  const Vec n = Vec::round(x);
+  const Vec f = Vec::sub(x, n);
+  Vec p = Vec::broadcast(5.517167e-2f);
+  p = Vec::fma(p, f, Vec::broadcast(2.4261112e-1f));
+  p = Vec::fma(p, f, Vec::broadcast(6.93261e-1f));
+  p = Vec::fma(p, f, Vec::broadcast(9.9992807e-1f));
+  return Vec::scale(p, n);
+}
+
 // A step of a dot product: of two floats, or of two pairs of bf16 values that a float's bits hold.
 struct Float32Product {
   static constexpr bool kPairs = false;

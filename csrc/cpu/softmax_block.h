@@ -10,7 +10,7 @@
 namespace cprec::CPREC_ISA {
 
 constexpr int64_t kPanel = Vec::kWidth * Vec::kTileVectors;  // tokens of a panel of packed columns
-constexpr int64_t kBlock = 96;                               // entries that meet all tokens while they are in cache
+constexpr int64_t kBlock = 144;                              // entries that meet all tokens while they are in cache
 constexpr float kNoEntry = -3.0e38f;                         // bias of rows beyond the last entry: exp gives nothing
 static_assert(kTokenPad % Vec::kWidth == 0 && (kPanel == Vec::kWidth * 2));
 

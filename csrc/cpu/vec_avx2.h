@@ -49,10 +49,16 @@ struct Vec {
     memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
   }
 
+  // Past the caches; p aligned to kWidth floats. fence() before another thread may read.
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
+
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   static Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  static Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  static Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
   // sum + a0 b0 + a1 b1 of the two bf16 values that every lane of a, and of b, holds.
   static Vec dot_pairs(Vec a, Vec b, Vec sum) { return fma(high(a), high(b), fma(low(a), low(b), sum)); }
   // Pairs (low, high) of bf16 values, one per lane.

@@ -59,10 +59,16 @@ struct Vec {
   void store_first(BFloat16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16()); }
   void store_first(Float16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), narrow_f16()); }
 
+  // Past the caches; p aligned to kWidth floats. fence() before another thread may read.
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
+
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   static Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  static Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  static Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
   // sum + a0 b0 + a1 b1 of the two bf16 values that every lane of a, and of b, holds.
 #ifdef CPREC_AVX512_BF16
   static Vec dot_pairs(Vec a, Vec b, Vec sum) { return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)}; }

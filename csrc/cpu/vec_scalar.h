@@ -34,10 +34,15 @@ struct Vec {
   void store_first(T* p, int) const {
     store(p);
   }
+  void stream(float* p) const { store(p); }
+  static void fence() {}
+
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   static Vec add(Vec a, Vec b) { return {a.v + b.v}; }
   static Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
   static Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+  static Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+  static Vec sqrt(Vec a) { return {__builtin_sqrtf(a.v)}; }
   // sum + a0 b0 + a1 b1 of the two bf16 values that the bits of a, and of b, hold.
   static Vec dot_pairs(Vec a, Vec b, Vec sum) {
     const uint32_t x = as_bits(a.v), y = as_bits(b.v);

@@ -5,10 +5,12 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <atomic>
+#include <algorithm>
+#include <array>
 #include <optional>
-#include <vector>
 
+#include "torch/block_embedding_call.h"
+#include "torch/pool.h"
 #include "cprec/cpu.h"
 #ifdef CPREC_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -17,91 +19,87 @@
 
 namespace {
 
+using at::Tensor;
+using at::TensorList;
+
 // Tokens below which a second thread costs more than it brings.
 constexpr int64_t kGrain = 64;
+// Multiplications per row below which projecting it again costs no more than sorting its id.
+constexpr int64_t kGroupWork = 4096;
+// Tokens and groups per job of a forward that groups.
+constexpr int64_t kJobTokens = 512;
+constexpr int64_t kJobGroups = 64;
 
-cprec::DType dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return cprec::DType::kFloat32;
-    case at::kBFloat16: return cprec::DType::kBFloat16;
-    case at::kHalf: return cprec::DType::kFloat16;
-    default: TORCH_CHECK_TYPE(false, "block_embedding has no kernel for ", tensor.scalar_type());
-  }
-}
-
-// Parameters of a call and the contiguous tensors that they point into.
-struct Call {
-  cprec::BlockEmbeddingParams params{};
-  at::Tensor out;
-  std::vector<at::Tensor> keep;
-};
-
-Call prepare(const at::Tensor& ids, at::TensorList embeddings, at::TensorList projections) {
-  TORCH_CHECK_VALUE(!embeddings.empty() && embeddings.size() <= static_cast<size_t>(cprec::kMaxClusters),
-                    "block_embedding takes 1..", cprec::kMaxClusters, " clusters, got ", embeddings.size());
-  TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong, "ids must be int64, got ", ids.scalar_type());
-  Call call;
-  auto& params = call.params;
-  const int64_t width = (projections.empty() ? embeddings[0] : projections[0]).size(-1);
-  const auto hold = [&](const at::Tensor& tensor) {
-    TORCH_CHECK_VALUE(tensor.dim() == 2, "tables and projections must be 2-D, got ", tensor.sizes());
-    TORCH_CHECK_TYPE(tensor.scalar_type() == embeddings[0].scalar_type(), "tables and projections differ in dtype");
-    TORCH_CHECK_VALUE(tensor.device() == ids.device(), "ids are on ", ids.device(), ", a table is on ",
-                      tensor.device());
-    call.keep.push_back(tensor.contiguous());
-    return call.keep.back().const_data_ptr();
-  };
-  size_t next = 0;
-  for (size_t j = 0; j < embeddings.size(); ++j) {
-    params.tables[j] = hold(embeddings[j]);
-    params.ranks[j] = embeddings[j].size(1);
-    params.offsets[j + 1] = params.offsets[j] + embeddings[j].size(0);
-    if (params.ranks[j] == width) continue;
-    TORCH_CHECK_VALUE(next < projections.size(), "embeddings[", j, "] needs a projection");
-    TORCH_CHECK_VALUE(projections[next].dim() == 2 && projections[next].size(0) == params.ranks[j] &&
-                          projections[next].size(1) == width,
-                      "projections[", next, "] must be (", params.ranks[j], ", ", width, "), got ",
-                      projections[next].sizes());
-    params.projections[j] = hold(projections[next++]);
-  }
-  TORCH_CHECK_VALUE(next == projections.size(), projections.size(), " projections given, ", next, " needed");
-  call.keep.push_back(ids.contiguous());
-  params.ids = call.keep.back().const_data_ptr<int64_t>();
+Tensor allocate_out(cprec::BlockEmbeddingCall& call, const Tensor& ids, const Tensor& table) {
   auto shape = ids.sizes().vec();
-  shape.push_back(width);
-  call.out = at::empty(shape, embeddings[0].options());
-  params.out = call.out.mutable_data_ptr();
-  params.num_tokens = ids.numel();
-  params.width = width;
-  params.num_clusters = static_cast<int32_t>(embeddings.size());
-  params.dtype = dtype_of(embeddings[0]);
-  return call;
+  shape.push_back(call.params.width);
+  Tensor out = cprec::pooled_empty(shape, table.options());
+  call.params.out = out.mutable_data_ptr();
+  return out;
 }
 
-at::Tensor block_embedding_cpu(const at::Tensor& ids, at::TensorList embeddings, at::TensorList projections,
-                               std::optional<int64_t> /*padding_idx*/, bool /*sparse*/) {
-  const Call call = prepare(ids, embeddings, projections);
-  const auto& params = call.params;
+// Marks the clusters whose tokens are worth grouping: projecting a row is dearer than sorting an id, and duplicates are
+// to be expected. In a catalogue sorted by frequency they are where Zipf's law gives the cluster's first item at least
+// one token of the batch (about 1 / 16 (item + 1) of all for 10^6 items), or where the cluster has fewer items than
+// half the tokens. Neither depends on the ids, so that nothing has to be counted first.
+bool choose_grouped(cprec::BlockEmbeddingParams& params) {
+  bool any = false;
+  for (int j = 0; j < params.num_clusters; ++j) {
+    const int64_t items = params.offsets[j + 1] - params.offsets[j];
+    const bool duplicates = params.num_tokens >= std::min(16 * (params.offsets[j] + 1), 2 * items);
+    const bool dear = params.projections[j] != nullptr && params.ranks[j] * params.width >= kGroupWork;
+    params.grouped[j] = params.num_tokens >= kJobTokens && dear && duplicates;
+    any |= params.grouped[j];
+  }
+  return any;
+}
+
+Tensor block_embedding_cpu(const Tensor& ids, TensorList embeddings, TensorList projections,
+                           std::optional<int64_t> /*padding_idx*/, bool /*sparse*/) {
+  auto call = cprec::prepare(ids, embeddings, projections);
+  auto& params = call.params;
+  cprec::check_ids(params);
+  Tensor out = allocate_out(call, ids, embeddings[0]);
   const auto& kernels = cprec::cpu_kernels();
-  std::atomic<int64_t> bad{-1};
-  at::parallel_for(0, params.num_tokens, kGrain, [&](int64_t begin, int64_t end) {
-    const int64_t found = kernels.block_embedding(params, begin, end);
-    if (found >= 0) bad.store(found, std::memory_order_relaxed);
+  const int64_t floats = kernels.block_embedding_workspace(params);
+  if (!choose_grouped(params)) {
+    at::parallel_for(0, params.num_tokens, kGrain, [&](int64_t begin, int64_t end) {
+      kernels.block_embedding(params, begin, end, cprec::job_workspace(floats));
+    });
+    return out;
+  }
+  cprec::TokenGrouping& grouping = cprec::thread_grouping();
+  grouping.group(params, params.grouped, -1);
+  // The jobs of a cluster's groups, cluster by cluster, then those of the tokens that are left.
+  std::array<int64_t, cprec::kMaxClusters + 1> first_job{};
+  for (int j = 0; j < params.num_clusters; ++j)
+    first_job[j + 1] = first_job[j] + (grouping.end(j) - grouping.begin(j) + kJobGroups - 1) / kJobGroups;
+  const int64_t group_jobs = first_job[params.num_clusters];
+  cprec::run_jobs(group_jobs + (params.num_tokens + kJobTokens - 1) / kJobTokens, [&](int64_t i) {
+    if (i >= group_jobs) {
+      const int64_t begin = (i - group_jobs) * kJobTokens;
+      kernels.block_embedding(params, begin, std::min(begin + kJobTokens, params.num_tokens),
+                              cprec::job_workspace(floats));
+      return;
+    }
+    int j = 0;
+    while (i >= first_job[j + 1]) ++j;
+    const int64_t begin = grouping.begin(j) + (i - first_job[j]) * kJobGroups;
+    kernels.block_embedding_groups(params, j, grouping.groups(), begin, std::min(begin + kJobGroups, grouping.end(j)),
+                                   cprec::job_workspace(floats));
   });
-  const int64_t place = bad.load();
-  TORCH_CHECK_INDEX(place < 0, "ids[", place, "] (flattened) = ", params.ids[place], " is outside 0..",
-                    params.offsets[params.num_clusters] - 1);
-  return call.out;
+  return out;
 }
 
 #ifdef CPREC_WITH_CUDA
-at::Tensor block_embedding_cuda(const at::Tensor& ids, at::TensorList embeddings, at::TensorList projections,
-                                std::optional<int64_t> /*padding_idx*/, bool /*sparse*/) {
+Tensor block_embedding_cuda(const Tensor& ids, TensorList embeddings, TensorList projections,
+                            std::optional<int64_t> /*padding_idx*/, bool /*sparse*/) {
   const c10::cuda::CUDAGuard guard(ids.device());
-  const Call call = prepare(ids, embeddings, projections);
+  auto call = cprec::prepare(ids, embeddings, projections);
+  Tensor out = allocate_out(call, ids, embeddings[0]);
   const char* error = cprec::block_embedding_cuda(call.params, c10::cuda::getCurrentCUDAStream().stream());
   TORCH_CHECK(error == nullptr, "block_embedding: ", error);
-  return call.out;
+  return out;
 }
 #endif
 

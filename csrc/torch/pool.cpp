@@ -4,6 +4,7 @@
 #include <ATen/Context.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <list>
 #include <mutex>
@@ -91,7 +92,10 @@ Pool& pool() {
 at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   int64_t bytes = static_cast<int64_t>(options.dtype().itemsize());
   for (const int64_t size : sizes) bytes *= size;
-  if (bytes < kSmall) return at::empty(sizes, options);
+  if (bytes < kSmall || !options.device().is_cpu()) return at::empty(sizes, options);
+  // Up to the next sixteenth of a power of two: sparse gradients differ a little in size from step to step.
+  const int64_t step = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(bytes))) / 16;
+  bytes = (bytes + step - 1) / step * step;
   void* memory = pool().take(bytes);
   TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes for a tensor of shape ", sizes);
   at::Tensor out = at::from_blob(memory, sizes, [bytes](void* block) { pool().put_back(block, bytes); }, options);

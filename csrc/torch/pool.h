@@ -5,7 +5,7 @@
 
 namespace cprec {
 
-// As at::empty on the CPU. Memory of a large tensor goes back to a pool when the last reference to it is gone and
+// As at::empty. On the CPU, memory of a large tensor goes back to a pool when the last reference to it is gone and
 // serves the next one of its size: an allocator would return it to the system and fault in fresh pages at every step.
 // The pool never holds more, in use and idle, than was in use at once at some time.
 at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cprec_kernels import Partition, functional
+from cprec_kernels import Partition, accumulate_in_place, functional, release_memory
 from cprec_kernels.reference import clustered_softmax as ref
 from cprec_kernels.testing import (
     assert_accurate,
@@ -87,3 +87,59 @@ def test_the_raw_kernel_refuses_what_the_op_would_have(cpu_isa):
         call(tables=[torch.randn(6, 8), tables[1]])
     with pytest.raises(ValueError, match="does not fit input of width 4"):
         call(tables=[tables[0][:1], tables[1]])
+
+
+def test_gradients_are_added_in_place(cpu_backend, poison):
+    """As two backward passes add up in .grad by autograd; here without a gradient of their own."""
+    partition = Partition(3_001, [150, 800], [24, 9, 8], 24)
+    hidden, target = make_hidden(partition, (300,)), make_targets(partition, (300,))
+
+    def twice(in_place):
+        weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
+        accumulate_in_place(weight_tensors(weights), in_place)
+        for part in (slice(0, 100), slice(100, 300)):
+            functional.clustered_cross_entropy(hidden[part], target[part], weights, reduction="sum").backward()
+            places = [weight.grad.data_ptr() for weight in weights.weights]
+        return weights, places
+
+    weights, places = twice(True)
+    functional.clustered_cross_entropy(hidden[:0], target[:0], weights).backward()
+    assert places == [weight.grad.data_ptr() for weight in weights.weights]
+    for ours, expected in zip(weight_tensors(weights), weight_tensors(twice(False)[0]), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_in_place_needs_gradients_that_fit(cpu_isa):
+    partition = Partition(40, [5], [8, 4], 8)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
+    hidden, target = make_hidden(partition, (6,)), make_targets(partition, (6,))
+    accumulate_in_place(weights.weights)
+    loss = functional.clustered_cross_entropy(hidden, target, weights)
+    loss.backward(retain_graph=True)
+    once = [weight.grad.clone() for weight in weights.weights]
+    weights.weights[1].grad = weights.weights[1].grad.T.contiguous().T  # a layout that the kernel cannot add to
+    loss.backward()
+    for before, weight in zip(once, weights.weights, strict=True):
+        torch.testing.assert_close(weight.grad, 2 * before)
+    with pytest.raises(ValueError, match="only leaf tensors"):
+        accumulate_in_place([loss])
+
+
+def test_memory_is_kept_for_the_next_step_and_given_back(cpu_isa):
+    partition = Partition(100_000, [2_000], [64, 16], 64)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
+    hidden, target = make_hidden(partition, (20,)), make_targets(partition, (20,))
+    release_memory()
+    places = []
+    for _ in range(3):
+        for tensor in weight_tensors(weights):
+            tensor.grad = None
+        functional.clustered_cross_entropy(hidden, target, weights).backward()
+        places.append(weights.weights[1].grad.data_ptr())
+    assert places[0] == places[1] == places[2]
+    kept = weights.weights[1].grad.clone()
+    weights.weights[1].grad = None
+    assert release_memory() >= kept.nbytes
+    assert release_memory() == 0
+    functional.clustered_cross_entropy(hidden, target, weights).backward()
+    assert torch.equal(weights.weights[1].grad, kept)

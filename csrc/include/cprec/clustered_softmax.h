@@ -54,7 +54,7 @@ struct SoftmaxGradSlab {
   void* d_weight;              // (num_entries, rank), rows begin..end-1 are written; or null
   float* d_bias;               // (num_entries,), likewise; or null
   float* d_hidden;             // (num_tokens, stride) of this slab, written; or null
-  bool accumulate;             // add to d_weight and d_bias instead
+  bool accumulate;             // add to d_weight instead
   float* workspace;            // softmax_grad_workspace floats
 };
 

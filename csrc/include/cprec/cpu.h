@@ -7,13 +7,24 @@
 
 #include "cprec/block_embedding.h"
 #include "cprec/clustered_softmax.h"
+#include "cprec/row_optimizer.h"
 
 namespace cprec {
 
 struct CpuKernels {
   const char* isa;
-  // Tokens begin..end-1. Returns the position of the first id that is out of range, or -1; such rows are not written.
-  std::int64_t (*block_embedding)(const BlockEmbeddingParams& params, std::int64_t begin, std::int64_t end);
+  // Forward of the block embedding: tokens begin..end-1, or groups begin..end-1 of one projected cluster.
+  void (*block_embedding)(const BlockEmbeddingParams& params, std::int64_t begin, std::int64_t end, float* workspace);
+  void (*block_embedding_groups)(const BlockEmbeddingParams& params, int cluster, const TokenGroups& groups,
+                                 std::int64_t begin, std::int64_t end, float* workspace);
+  std::int64_t (*block_embedding_workspace)(const BlockEmbeddingParams& params);  // floats
+  // Its backward: projections transposed, then slabs of groups, then rows of d_projection from the partial sums.
+  void (*embedding_grad_pack)(const EmbeddingGrad& params);
+  void (*embedding_grad)(const EmbeddingGrad& params, const TokenGroups& groups, std::int64_t begin, std::int64_t end,
+                         float* partial, bool add, float* workspace);
+  void (*embedding_grad_merge)(const EmbeddingGrad& params, std::int64_t begin, std::int64_t end, float* workspace);
+  std::int64_t (*embedding_grad_workspace)(const EmbeddingGrad& params);  // floats
+  void (*zero_fill)(char* memory, std::int64_t bytes);
   // Packs hidden states z (count, rank) into level.columns, (num_tokens rounded up to 32, stride) floats at the most,
   // and level.rows, (num_tokens, stride) floats.
   void (*softmax_pack)(const SoftmaxLevel& level, const float* z, std::int64_t count, float* columns, float* rows);
@@ -25,6 +36,16 @@ struct CpuKernels {
   // Floats of workspace that one slab of a level needs.
   std::int64_t (*softmax_lse_workspace)(const SoftmaxLevel& level);
   std::int64_t (*softmax_grad_workspace)(const SoftmaxLevel& level);
+  // Gradients begin..end-1, or elements where no rows are named.
+  void (*row_adamw)(const RowAdamWParams& params, std::int64_t begin, std::int64_t end);
+  void (*row_adagrad)(const RowAdagradParams& params, std::int64_t begin, std::int64_t end);
+  void (*row_scale)(const RowScaleParams& params);
+  // What one core reaches, for rooflines. They return the FLOPs (of fp32 and of bf16 pairs), exponentials
+  // and bytes of the call.
+  double (*probe_fma)(std::int64_t iterations);
+  double (*probe_bf16)(std::int64_t iterations);
+  double (*probe_exp2)(std::int64_t iterations);
+  double (*probe_read)(const float* data, std::int64_t count);
 };
 
 // One per translation unit in csrc/cpu/kernels_<isa>.cpp.
