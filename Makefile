@@ -3,6 +3,7 @@ PYTHON ?= python3
 # The torch to build against: any pip requirement, e.g. make test TORCH='torch==2.12.0'
 TORCH ?= torch==2.13.0
 DEMO ?= demo
+BENCH ?= bench
 PYTEST_ARGS ?= -n 2
 
 VENV := .venv
@@ -10,10 +11,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint format clean choice
+.PHONY: help setup demo test bench lint format clean choice
 help:
 	@echo "make demo    generate data, train the twin and the compressed model, compare them (folder: $(DEMO))"
 	@echo "make test    run the test suite"
+	@echo "make bench   a quick benchmark of every op, about ten minutes (folder: $(BENCH))"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make setup   .venv with everything, extension built (demo and test do this by themselves)"
 	@echo "make format  rewrite sources as lint wants them;  make clean  remove .venv and build/"
@@ -48,6 +50,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup
+	$(BIN)/python -m benchmarks quick --out $(BENCH)
 
 lint: setup
 	$(BIN)/ruff check .

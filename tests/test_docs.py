@@ -53,6 +53,19 @@ def test_the_gpu_ledger_has_a_row_for_every_cuda_kernel():
         assert f"csrc/cuda/{source.name}" in ledger
 
 
+def test_the_performance_page_is_the_one_its_result_files_give(tmp_path):
+    from benchmarks.report import write_report
+
+    sources = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    page = ROOT / "docs/performance.md"
+    assert page.exists() == bool(sources), "docs/performance.md is generated from benchmarks/results/*.json"
+    if sources:
+        write_report(sources, tmp_path / "performance.md", tmp_path / "images")
+        assert page.read_text(encoding="utf-8") == (tmp_path / "performance.md").read_text(encoding="utf-8")
+        for image in (tmp_path / "images").glob("*.png"):
+            assert (ROOT / "docs/images" / image.name).exists()
+
+
 def test_every_dependency_earns_its_line():
     import tomllib
 

@@ -404,6 +404,14 @@ def export(
     typer.echo(f"{folder}: {size / 1e6:.1f} MB; use it with: model = cprec.load({str(folder)!r})")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Measure the kernels: a quick look at every op, or what `python -m benchmarks` takes (`cprec bench --help`)."""
+    from cprec.bench import run_bench
+
+    run_bench(context.args)
+
+
 def _version(show: bool) -> None:
     if show:
         from cprec_kernels._version import __version__

@@ -1,0 +1,93 @@
+"""Interleaved wall-clock timing: one call of every provider per round, so that a busy minute falls on all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from benchmarks.registry import Prepared, Provider
+
+MAX_ROUNDS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Wall time per call in milliseconds; no outlier is dropped."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+
+
+def summarise(times_ms: list[float]) -> Timing:
+    """Median and the 20th and 80th percentile (by linear interpolation)."""
+    if len(times_ms) == 1:
+        return Timing(times_ms[0], times_ms[0], times_ms[0], 1)
+    fifths = statistics.quantiles(times_ms, n=5, method="inclusive")
+    return Timing(statistics.median(times_ms), fifths[0], fifths[-1], len(times_ms))
+
+
+def order_of_round(names: list[str], round_index: int) -> list[str]:
+    """Every round starts one provider later, so that none is always first."""
+    start = round_index % max(1, len(names))
+    return names[start:] + names[:start]
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch.set_num_threads for the length of a block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def call_once_ms(provider: Provider, prepared: Prepared, clock: Callable[[], float] = time.perf_counter) -> float:
+    """One timed call. Dropping old gradients and choosing the instruction set are not part of it."""
+    prepared.reset()
+    with provider.scope():
+        start = clock()
+        prepared.call()
+        return (clock() - start) * 1e3
+
+
+def time_interleaved(
+    runnable: Mapping[str, tuple[Provider, Prepared]],
+    min_rounds: int,
+    budget_s: float,
+    on_round: Callable[[float], None] = lambda fraction: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time providers that have been warmed up.
+
+    Every provider gets ``min_rounds`` calls; those that are quick enough for it go on, round by round, until the budget
+    is spent, so that slow peers do not decide how well fast ones are measured.
+
+    Args:
+        runnable: name -> provider and its prepared call.
+        budget_s: for all providers together; each may use an equal share beyond its first ``min_rounds`` calls.
+        on_round: told the share of the work that is done.
+    """
+    names = list(runnable)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    share_ms = budget_s * 1e3 / max(1, len(names))
+    began = clock()
+    for round_index in range(max(min_rounds, MAX_ROUNDS)):
+        due = [name for name in names if round_index < min_rounds or sum(times[name]) + times[name][-1] <= share_ms]
+        if not due:
+            break
+        for name in order_of_round(due, round_index):
+            times[name].append(call_once_ms(*runnable[name], clock))
+        spent = (clock() - began) / budget_s if budget_s > 0 else 1.0
+        on_round(min(1.0, max(min(1.0, (round_index + 1) / min_rounds) * 0.5, spent)))
+    for _, prepared in runnable.values():
+        prepared.reset()
+    return {name: summarise(values) for name, values in times.items()}
