@@ -189,7 +189,19 @@ def _time(
     trusted = sorted(runnable, key=lambda name: name != op.baseline)
     formulas = {name: provider.formula for name, (provider, _) in runnable.items()}
     dtypes = {name: verify.dtype_of(provider, setting) for name, (provider, _) in runnable.items()}
-    for name, reason in verify.disagreements(summaries, formulas, dtypes, trusted).items():
+    disputed = verify.disagreements(summaries, formulas, dtypes, trusted)
+    if disputed and op.referee is not None:
+        progress("asking fp64", 0.5)
+        formula, judged = op.referee(problem)
+        for name, provider in [(name, pair[0]) for name, pair in runnable.items() if formulas[name] == formula]:
+            reason = verify.errors_against_referee(summaries[name], judged, dtypes[name])
+            if disputed.get(name, "").startswith(tuple(f"{key} " for key in judged)):
+                del disputed[name]
+            if reason and provider.is_ours:
+                disputed[name] = reason
+            elif reason:  # a peer that is less exact still shows how fast it is, with the error beside it
+                _remark(rows[name], reason)
+    for name, reason in disputed.items():
         _fail(rows[name], reason)
         del runnable[name]
     if not runnable:

@@ -99,6 +99,17 @@ class Gate:
         return Verdict("", "")
 
 
+def errors_against_referee(summary: Results, judged: Results, dtype: str) -> str:
+    """How the first rows of a full-size summary are off, beyond the tolerance; "" when they are not."""
+    for key, value in judged.items():
+        if key not in summary:
+            continue
+        error = relative_error(summary[key][: value.shape[0]], value)
+        if not error <= FULL_SIZE_TOLERANCE[dtype]:
+            return f"{key} at full size is off by {error:.1e} against fp64"
+    return ""
+
+
 def disagreements(
     summaries: dict[str, Results], formulas: dict[str, str], dtypes: dict[str, str], trusted: list[str]
 ) -> dict[str, str]:

@@ -21,12 +21,12 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("cprec_kernels/_triton", ".py"): (set(), {"__init__", "configs", "common"}),
     ("csrc/include/cprec", ".h"): ({"block_embedding", "clustered_softmax", "row_optimizer"}, {"cpu", "dtype"}),
     ("csrc/torch", ".cpp"): (
-        {"block_embedding", "clustered_softmax", "row_optimizer"},
+        {"block_embedding", "clustered_softmax", "clustered_topk", "row_optimizer"},
         {"block_embedding_backward", "clustered_softmax_backward", "pool"},
     ),
     ("csrc/torch", ".h"): (
         set(),
-        {"block_embedding_call", "clustered_softmax_levels", "pool", "threads", "token_groups"},
+        {"block_embedding_call", "clustered_search", "clustered_softmax_levels", "pool", "threads", "token_groups"},
     ),
     ("csrc/cpu", ".h"): (
         {"block_embedding", "clustered_softmax", "row_optimizer"},

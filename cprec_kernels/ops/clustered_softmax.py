@@ -175,7 +175,7 @@ _backend.register(
     _backend.native(BACKWARD_INTO, "cpu", NATIVE_DTYPES),
     _backend.reference(_reference_backward_into),
 )
-_backend.register(SCORE, _backend.reference(ref.clustered_score))
+_backend.register(SCORE, _backend.native(SCORE, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_score))
 implement(FORWARD, _check, _check_values, anchor=0)
 implement(BACKWARD, _unchecked, _unchecked, anchor=2)
 implement(BACKWARD_INTO, _unchecked, _unchecked, anchor=2)

@@ -21,7 +21,7 @@ from ._library import (
     fake,
     implement,
 )
-from .clustered_softmax import WEIGHTS, Weights, check_rows, check_weights
+from .clustered_softmax import NATIVE_DTYPES, WEIGHTS, Weights, check_rows, check_weights
 
 # Schema
 
@@ -94,8 +94,8 @@ def _check_rank_values(input: Tensor, target: Tensor, *weights: Any) -> None:
     check_ids(target, Weights(*weights).num_items, "target")
 
 
-_backend.register(TOPK, _backend.reference(ref.clustered_topk))
-_backend.register(RANK, _backend.reference(ref.clustered_rank))
+_backend.register(TOPK, _backend.native(TOPK, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_topk))
+_backend.register(RANK, _backend.native(RANK, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_rank))
 implement(TOPK, _check_topk, _check_topk_values, anchor=0)
 implement(RANK, _check_rank, _check_rank_values, anchor=0)
 

@@ -30,11 +30,12 @@ static inline __attribute__((always_inline)) void logits_tile(const SoftmaxLevel
   multiply_tile<P>(level.depth, block.rows + i * block.row_stride, block.row_stride, 1, panel, kPanel, sums);
 }
 
-// Raises the shift of kWidth tokens to their largest logit, as a whole number, and scales their sums by a power of two,
-// which is exact. Rare: once or twice a token and slab.
+// Raises the shifts that lie far below their token's largest logit to it, as a whole number, and scales the sums by a
+// power of two, which is exact. Rare: once or twice a token and slab. Tokens do not see what their neighbours do.
 static __attribute__((noinline)) void raise_shift(Vec largest, float* shift, double* sum, Vec& total) {
   const Vec old = Vec::load(shift);
-  const Vec raised = Vec::max(Vec::round(largest), old);
+  const Vec limit = Vec::add(old, Vec::broadcast(kRaise));
+  const Vec raised = Vec::if_above(largest, limit, Vec::round(largest), old);
   const Vec factor = exp2(Vec::sub(old, raised));
   total = Vec::mul(total, factor);
   raised.store(shift);
@@ -43,12 +44,13 @@ static __attribute__((noinline)) void raise_shift(Vec largest, float* shift, dou
   for (int lane = 0; lane < Vec::kWidth; ++lane) sum[lane] *= factors[lane];
 }
 
-// One block against N vectors of tokens.
-template <class P, int N>
+// One block against N vectors of tokens; the largest logit of every kMaximaEntries goes to rows of maxima, if wanted.
+template <class P, int N, bool kMaxima>
 static inline void lse_panel(const SoftmaxLevel& level, const Block& block, const float* panel, float* shift,
-                             double* sum) {
-  Vec total[N];
-  for (int n = 0; n < N; ++n) total[n] = Vec::zero();
+                             double* sum, float* maxima) {
+  static_assert(kMaximaEntries % Vec::kTileRows == 0 && kBlock % kMaximaEntries == 0);
+  Vec total[N], highest[N];
+  for (int n = 0; n < N; ++n) total[n] = highest[n] = Vec::zero();
   for_rows(block.count, [&]<int M>(int64_t i) __attribute__((always_inline)) {
     Vec sums[M][N];
     logits_tile<P>(level, block, i, panel, sums);
@@ -57,6 +59,11 @@ static inline void lse_panel(const SoftmaxLevel& level, const Block& block, cons
       Vec largest = sums[0][n];
 #pragma GCC unroll 16
       for (int m = 1; m < M; ++m) largest = Vec::max(largest, sums[m][n]);
+      if constexpr (kMaxima) {
+        highest[n] = i % kMaximaEntries == 0 ? largest : Vec::max(highest[n], largest);
+        if ((i + M) % kMaximaEntries == 0 || i + M >= block.count)
+          highest[n].store(maxima + i / kMaximaEntries * level.num_tokens + n * Vec::kWidth);
+      }
       float* shifts = shift + n * Vec::kWidth;
       if (Vec::any_above(largest, Vec::add(Vec::load(shifts), Vec::broadcast(kRaise)))) {
         Vec moved = total[n];
@@ -81,7 +88,7 @@ static inline void lse_panel(const SoftmaxLevel& level, const Block& block, cons
   for (int lane = 0; lane < N * Vec::kWidth; ++lane) sum[lane] += static_cast<double>(totals[lane]);
 }
 
-template <class P>
+template <class P, bool kMaxima>
 static void lse_of(const SoftmaxLevel& level, const SoftmaxLseSlab& slab) {
   const BlockBuffers buffers(level, slab.workspace);
   for (int64_t t = 0; t < level.num_tokens; ++t) {
@@ -90,12 +97,13 @@ static void lse_of(const SoftmaxLevel& level, const SoftmaxLseSlab& slab) {
   }
   for (int64_t first = slab.begin; first < slab.end; first += kBlock) {
     const Block block = load_block<P>(level, buffers, first, slab.end, false);
+    float* maxima = kMaxima ? slab.maxima + (first - slab.begin) / kMaximaEntries * level.num_tokens : nullptr;
     for (int64_t t = 0; t < level.num_tokens; t += kPanel) {
       const float* panel = level.columns + t * level.depth;
       if (level.num_tokens - t >= kPanel) {
-        lse_panel<P, Vec::kTileVectors>(level, block, panel, slab.shift + t, slab.sum + t);
+        lse_panel<P, Vec::kTileVectors, kMaxima>(level, block, panel, slab.shift + t, slab.sum + t, maxima + t);
       } else {
-        lse_panel<P, 1>(level, block, panel, slab.shift + t, slab.sum + t);
+        lse_panel<P, 1, kMaxima>(level, block, panel, slab.shift + t, slab.sum + t, maxima + t);
       }
     }
   }
@@ -106,8 +114,10 @@ static int64_t softmax_lse_workspace(const SoftmaxLevel& level) {
 }
 
 static void softmax_lse(const SoftmaxLevel& level, const SoftmaxLseSlab& slab) {
-  if (level.product == Product::kBFloat16) return lse_of<BFloat16Product>(level, slab);
-  lse_of<Float32Product>(level, slab);
+  if (level.product == Product::kBFloat16) return lse_of<BFloat16Product, false>(level, slab);
+  // A search takes its products in fp32.
+  if (slab.maxima != nullptr) return lse_of<Float32Product, true>(level, slab);
+  lse_of<Float32Product, false>(level, slab);
 }
 
 // Logits, in powers of two, of tokens begin..end-1 at their own entry: the very bits that the passes compute there, so
@@ -132,6 +142,41 @@ static void softmax_target_logits(const SoftmaxLevel& level, const int64_t* colu
   if (level.product == Product::kBFloat16)
     return target_logits_of<BFloat16Product>(level, column, begin, end, out, workspace);
   target_logits_of<Float32Product>(level, column, begin, end, out, workspace);
+}
+
+// Logits, in powers of two, of entries first..first+count-1 for the kTokenPad tokens from `token`, a multiple of it, at
+// out[entry][kTokenPad]: the bits of the passes. fp32 products.
+static void softmax_logits(const SoftmaxLevel& level, int64_t first, int64_t count, int64_t token, float* out,
+                           float* workspace) {
+  const BlockBuffers buffers(level, workspace);
+  const Block block = load_block<Float32Product>(level, buffers, first, first + count, false);
+  for (int64_t lane = 0; lane < kTokenPad; lane += Vec::kWidth) {
+    const int64_t t = token + lane;
+    const float* panel = level.columns + (t - t % kPanel) * level.depth + t % kPanel;
+    for_rows(count, [&]<int M>(int64_t i) __attribute__((always_inline)) {
+      Vec sums[M][1];
+      logits_tile<Float32Product>(level, block, i, panel, sums);
+      for (int m = 0; m < M && i + m < count; ++m) sums[m][0].store(out + (i + m) * kTokenPad + lane);
+    });
+  }
+}
+
+// z = Q h for Q (rank, width): the same bits whatever is computed beside it.
+static void softmax_project(const float* q, const float* h, int64_t rank, int64_t width, float* z) {
+  for (int64_t r = 0; r < rank; ++r) {
+    const float* row = q + r * width;
+    Vec sums[kChains];
+    for (int c = 0; c < kChains; ++c) sums[c] = Vec::zero();
+    int64_t k = 0;
+    for (; k + kChains * Vec::kWidth <= width; k += kChains * Vec::kWidth)
+      for (int c = 0; c < kChains; ++c)
+        sums[c] = Vec::fma(Vec::load(row + k + c * Vec::kWidth), Vec::load(h + k + c * Vec::kWidth), sums[c]);
+    for (; k < width; k += Vec::kWidth) {
+      const int left = width - k < Vec::kWidth ? static_cast<int>(width - k) : Vec::kWidth;
+      sums[0] = Vec::fma(Vec::load_first(row + k, left), Vec::load_first(h + k, left), sums[0]);
+    }
+    z[r] = Vec::add(Vec::add(sums[0], sums[1]), Vec::add(sums[2], sums[3])).sum();
+  }
 }
 
 // d logits of a block and some tokens, entries in rows: row i at values + i * stride. For products of pairs it is

@@ -22,6 +22,8 @@
       cprec::CPREC_ISA::softmax_pack,              \
       cprec::CPREC_ISA::softmax_lse,               \
       cprec::CPREC_ISA::softmax_target_logits,     \
+      cprec::CPREC_ISA::softmax_logits,            \
+      cprec::CPREC_ISA::softmax_project,           \
       cprec::CPREC_ISA::softmax_grad,              \
       cprec::CPREC_ISA::softmax_lse_workspace,     \
       cprec::CPREC_ISA::softmax_grad_workspace,    \

@@ -89,6 +89,10 @@ struct Vec {
   // The larger; b where either is NaN.
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   static bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+  // x where a > b, else y.
+  static Vec if_above(Vec a, Vec b, Vec x, Vec y) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), y.v, x.v)};
+  }
   float sum() const { return _mm512_reduce_add_ps(v); }
   float maximum() const { return _mm512_reduce_max_ps(v); }
 

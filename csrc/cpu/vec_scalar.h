@@ -59,6 +59,8 @@ struct Vec {
   // The larger; b where either is NaN, as the x86 instructions have it.
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   static bool any_above(Vec a, Vec b) { return a.v > b.v; }
+  // x where a > b, else y.
+  static Vec if_above(Vec a, Vec b, Vec x, Vec y) { return a.v > b.v ? x : y; }
   float sum() const { return v; }
   float maximum() const { return v; }
 

@@ -59,16 +59,7 @@ Outputs clustered_softmax_cpu(const Tensor& input, const Tensor& target, at::Ten
     const int64_t* tokens = level.tokens.defined() ? level.tokens.const_data_ptr<int64_t>() : nullptr;
     at::parallel_for(0, level.count, 256, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        const auto at_slab = [&](int64_t slab) { return static_cast<size_t>(slab * kernel.num_tokens + t); };
-        float shift = shifts[j][at_slab(0)];
-        for (int64_t slab = 1; slab < level.slabs; ++slab) shift = std::max(shift, shifts[j][at_slab(slab)]);
-        double total = 0.0;
-        for (int64_t slab = 0; slab < level.slabs; ++slab) {
-          // Shifts are whole numbers: the factor is exact.
-          const float less = shifts[j][at_slab(slab)] - shift;
-          total += std::ldexp(sums[j][at_slab(slab)], less > -1000.0f ? static_cast<int>(less) : -1000);
-        }
-        const double lse = shift + std::log2(total);
+        const double lse = merged_lse(shifts[j].data() + t, sums[j].data() + t, level.slabs, kernel.num_tokens);
         const int64_t token = tokens == nullptr ? t : tokens[t];
         log_prob.mutable_data_ptr<float>()[token] += static_cast<float>((logits[static_cast<size_t>(t)] - lse) * kLn2);
         if (smooth) uniform.mutable_data_ptr<float>()[token] += static_cast<float>(means[t] - lse * kLn2);

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -188,6 +189,19 @@ inline void pack_hidden(std::vector<Level>& levels, const Tensor& hidden) {
     cpu_kernels().softmax_pack(kernel, states[j].const_data_ptr<float>(), levels[j].count, packed,
                                packed + (kernel.rows - kernel.columns));
   });
+}
+
+// log2 of a level's sum of exponentials for one token, from slabs whose values lie `stride` apart.
+inline double merged_lse(const float* shifts, const double* sums, int64_t slabs, int64_t stride) {
+  float shift = shifts[0];
+  for (int64_t slab = 1; slab < slabs; ++slab) shift = std::max(shift, shifts[slab * stride]);
+  double total = 0.0;
+  for (int64_t slab = 0; slab < slabs; ++slab) {
+    // Shifts are whole numbers: the factor is exact.
+    const float less = shifts[slab * stride] - shift;
+    total += std::ldexp(sums[slab * stride], less > -1000.0f ? static_cast<int>(less) : -1000);
+  }
+  return shift + std::log2(total);
 }
 
 // log2(e) times the logit of every token's own entry, (m padded,).

@@ -14,6 +14,9 @@ namespace cprec {
 constexpr std::int64_t kTokenPad = 16;
 constexpr std::int64_t kRankPad = 8;
 
+// Entries whose largest logit a search keeps together.
+constexpr std::int64_t kMaximaEntries = 48;
+
 // Products are taken of fp32, or of bf16 pairs: then every float of a packed buffer holds two bf16 values, and a dot
 // product has half as many steps. Sums, exponentials and gradients of the weights are fp32 in both.
 enum class Product : std::int32_t { kFloat32, kBFloat16 };
@@ -37,6 +40,7 @@ struct SoftmaxLseSlab {
   std::int64_t begin, end;
   float* shift;      // (num_tokens,) out
   double* sum;       // (num_tokens,) out
+  float* maxima;     // (entries / kMaximaEntries, num_tokens) out: largest logits in powers of two; or null
   float* workspace;  // softmax_lse_workspace floats
 };
 

@@ -32,6 +32,12 @@ struct CpuKernels {
   // Logits times log2(e) of tokens begin..end-1 at entry column[t]; workspace as softmax_lse's.
   void (*softmax_target_logits)(const SoftmaxLevel& level, const std::int64_t* column, std::int64_t begin,
                                 std::int64_t end, float* out, float* workspace);
+  // Logits times log2(e) of entries first..first+count-1 (at most kMaximaEntries) for kTokenPad tokens,
+  // out[entry][token].
+  void (*softmax_logits)(const SoftmaxLevel& level, std::int64_t first, std::int64_t count, std::int64_t token,
+                         float* out, float* workspace);
+  // z (rank,) = Q h for Q (rank, width).
+  void (*softmax_project)(const float* q, const float* h, std::int64_t rank, std::int64_t width, float* z);
   void (*softmax_grad)(const SoftmaxLevel& level, const SoftmaxGradSlab& slab);
   // Floats of workspace that one slab of a level needs.
   std::int64_t (*softmax_lse_workspace)(const SoftmaxLevel& level);
