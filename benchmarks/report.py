@@ -21,9 +21,10 @@ Every number below was measured by `benchmarks/` and written by `python -m bench
 interleaved in one process, and only after their outputs passed the comparison with fp64. Times are wall time per call in
 milliseconds, median with the 20th and 80th percentile; set-up and dropping old gradients are not timed. Speed-up is the
 baseline's median over the row's. "Of roof" is the least time that the op's model of products, exponentials and memory
-traffic allows on this machine, over the median. Memory is that of one call in a process of its own, beyond inputs and
-weights; "extra" leaves out the gradients that the call returns. "WRONG" rows failed the comparison and are not timed.
-Peers need to compute the same function, ours are held to the project's tolerance rule.
+traffic allows on this machine, over the median; a search that skips work which the model counts can exceed it.
+Memory is that of one call in a process of its own, beyond inputs and weights; "extra" leaves out the gradients that the
+call returns. "WRONG" rows failed the comparison and are not timed. Peers need to compute the same function, and a remark
+says where they are less exact; ours are held to the project's tolerance rule.
 `python -m benchmarks run --op clustered_softmax --case 1m-d128-t512` measures one setting again, `--help` says more.
 """
 
