@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
 
 #include "torch/clustered_softmax_levels.h"
 
@@ -136,7 +135,6 @@ struct Search {
   int64_t first_row = 0;            // of the chunk in the call, for messages
   std::vector<Scan> scans;
   std::vector<double> head_lse;                  // (rows,)
-  std::vector<std::vector<float>> parent;        // per tail: the parent label's logit of every row
   std::vector<std::vector<double>> parent_log2;  // per tail: its log-probability, log2
 
   int64_t num_rows() const { return hidden.size(0); }

@@ -167,20 +167,17 @@ std::tuple<Tensor, Tensor> clustered_topk_cpu(const Tensor& input, int64_t k, at
   std::vector<std::vector<int64_t>> blocks(weights.size());
   std::vector<bool> allowed;
   if (candidates.has_value()) {
+    TORCH_CHECK_TYPE(candidates->scalar_type() == at::kLong && candidates->dim() == 1, "candidates must be 1-D int64");
     allowed.assign(static_cast<size_t>(num_items), false);
-    const Tensor listed = candidates->contiguous();
+    const Tensor listed = std::get<0>(candidates->sort());
     for (int64_t i = 0; i < listed.numel(); ++i) {
       const int64_t item = listed.const_data_ptr<int64_t>()[i];
-      TORCH_CHECK_INDEX(item >= 0 && item < num_items, "candidates[", i, "] = ", item, " is outside 0..",
-                        num_items - 1);
+      TORCH_CHECK_INDEX(item >= 0 && item < num_items, "candidates hold ", item, ", outside 0..", num_items - 1);
       allowed[static_cast<size_t>(item)] = true;
+      const size_t j = search.level_of(item);
+      const int64_t block = (item - search.first_item[j]) / kMaximaEntries;
+      if (blocks[j].empty() || blocks[j].back() != block) blocks[j].push_back(block);
     }
-    for (size_t j = 0; j < weights.size(); ++j)
-      for (int64_t item = search.first_item[j]; item < search.first_item[j + 1]; ++item)
-        if (allowed[static_cast<size_t>(item)]) {
-          const int64_t block = (item - search.first_item[j]) / kMaximaEntries;
-          if (blocks[j].empty() || blocks[j].back() != block) blocks[j].push_back(block);
-        }
   }
   for_chunks(search, input, true, [&](int64_t begin, int64_t end) {
     std::vector<RowSearch> rows(static_cast<size_t>(end - begin));
