@@ -150,7 +150,7 @@ def test_the_raw_kernels_refuse_what_the_ops_would_have(cpu_isa):
     native = torch.ops.cprec_native
     with pytest.raises(ValueError, match=r"k = 21 is outside 0..20"):
         native.clustered_topk(hidden, 21, *weights, None, None, None)
-    with pytest.raises(IndexError, match="candidates hold 20, outside 0..19"):
+    with pytest.raises(IndexError, match=r"candidates hold 20, outside 0..19"):
         native.clustered_topk(hidden, 1, *weights, None, None, torch.tensor([0, 20]))
     with pytest.raises(IndexError, match=r"target\[1\] = -1 is outside 0..19"):
         native.clustered_rank(hidden, torch.tensor([0, -1]), *weights)
