@@ -9,27 +9,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STEMS = {"block_embedding", "clustered_softmax", "clustered_topk", "row_optimizer"}
+STEMS = {"block_embedding", "clustered_softmax", "clustered_topk", "row_optimizer", "topk_index"}
 
 # Folder, suffix -> the stems that must have a file there today. A file there whose name is not a stem, and is not
 # listed beside it as shared by all ops, has lost its way. Kernels that come later add their stem here.
 ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("cprec_kernels/reference", ".py"): (STEMS, {"__init__", "common"}),
     ("cprec_kernels/ops", ".py"): (STEMS, {"__init__", "_library"}),
-    ("cprec_kernels/nn", ".py"): ({"block_embedding", "clustered_softmax"}, {"__init__"}),
+    ("cprec_kernels/nn", ".py"): (
+        {"block_embedding", "clustered_softmax", "topk_index"},
+        {"__init__", "index_file", "index_packing"},
+    ),
     ("cprec_kernels/optim", ".py"): ({"rowwise_adagrad", "rowwise_adamw"}, {"__init__", "_rowwise"}),
     ("cprec_kernels/_triton", ".py"): (set(), {"__init__", "configs", "common"}),
-    ("csrc/include/cprec", ".h"): ({"block_embedding", "clustered_softmax", "row_optimizer"}, {"cpu", "dtype"}),
+    ("csrc/include/cprec", ".h"): (
+        {"block_embedding", "clustered_softmax", "row_optimizer", "topk_index"},
+        {"cpu", "dtype"},
+    ),
     ("csrc/torch", ".cpp"): (
-        {"block_embedding", "clustered_softmax", "clustered_topk", "row_optimizer"},
+        STEMS,
         {"block_embedding_backward", "clustered_softmax_backward", "pool"},
     ),
     ("csrc/torch", ".h"): (
         set(),
-        {"block_embedding_call", "clustered_search", "clustered_softmax_levels", "pool", "threads", "token_groups"},
+        {"best_items", "block_embedding_call", "clustered_search", "clustered_softmax_levels", "pool", "threads"}
+        | {"token_groups", "topk_index_levels", "topk_index_search"},
     ),
     ("csrc/cpu", ".h"): (
-        {"block_embedding", "clustered_softmax", "row_optimizer"},
+        {"block_embedding", "clustered_softmax", "row_optimizer", "topk_index"},
         {"block_embedding_backward", "half", "kernel_table", "math", "roofline", "softmax_block", "transpose_x86"}
         | {"vec_scalar", "vec_avx2", "vec_avx512"},
     ),
@@ -37,8 +44,8 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("tests/ops", ".py"): ({f"test_{stem}" for stem in STEMS}, set()),
     ("tests/optim", ".py"): ({"test_rowwise_adagrad", "test_rowwise_adamw"}, {"test_pending_decay"}),
     ("benchmarks/ops", ".py"): (
-        {f"bench_{stem}" for stem in STEMS - {"row_optimizer"}},
-        {"__init__", "bench_train_step"},
+        {f"bench_{stem}" for stem in STEMS - {"row_optimizer", "topk_index"}},  # the index is in bench_clustered_topk
+        {"__init__", "bench_train_step", "bench_clustered_rank", "pqtopk"},
     ),
 }
 
@@ -147,7 +154,7 @@ def test_benchmarks_see_what_users_see():
     public = {
         f"cprec_kernels{name}"
         for name in ("", ".nn", ".functional", ".optim", ".partition", ".testing", ".testing.roofline")
-    }
+    } | {"cprec", "cprec.data"}
     for path in sorted((ROOT / "benchmarks").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         names = {name for name in imports_of(path, module) if name.split(".")[0] in ("cprec", "cprec_kernels")}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import threading
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,12 @@ from ..ops.clustered_softmax import check_loss_options, reduce_loss
 from ..ops.clustered_topk import Exclude
 from ..partition import Partition
 from .block_embedding import check_partition, describe, make_factors
+from .topk_index import TopKIndex
 
 # Standard deviation of the initial logits when the entries of the input have variance 1 (after a LayerNorm).
 INITIAL_LOGIT_STD = 0.1
+# One thread builds an index that several ask for at once.
+_BUILDING = threading.Lock()
 
 
 class ClusteredSoftmaxOutput(NamedTuple):
@@ -91,7 +95,16 @@ class ClusteredSoftmaxWithLoss(nn.Module):
         self.tail_biases = nn.ParameterList(
             [nn.Parameter(torch.empty(size, device=device, dtype=dtype)) for size in rows[1:]] if tail_bias else []
         )
+        self._indexes: dict[str, TopKIndex] = {}  # by storage, of topk
         self.reset_parameters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An index is of these parameters in this process: a copy builds its own.
+        return {**self.__dict__, "_indexes": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.setdefault("_indexes", {})
 
     def reset_parameters(self) -> None:
         """Q_j ~ N(0, 1/d), W_j ~ N(0, 0.01/d_j), biases 0: initial logits of every level have standard deviation 0.1.
@@ -145,14 +158,31 @@ class ClusteredSoftmaxWithLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The k most probable items, exact; see :func:`cprec_kernels.functional.clustered_topk`.
 
-        ``storage`` names the number format that weights are searched in. Only None, the weights as they are, is
-        served today; other formats raise NotImplementedError.
+        ``storage`` names a number format ("float32", "float16", "bfloat16" or "int8") and searches an index in it,
+        exact too, which is built when it is first asked for and again when the parameters have changed: for a module
+        that serves many queries on the CPU. See :class:`TopKIndex`, also for what it raises. None searches the
+        parameters themselves.
         """
         if storage is not None:
-            raise NotImplementedError(
-                f"storage={storage!r}: packed search indexes are not part of this version; storage=None is exact"
-            )
+            return self._index(storage).topk(input, k, exclude, candidates)
         return F.clustered_topk(input, k, self.packed_weights(), exclude=exclude, candidates=candidates)
+
+    def build_index(self, storage: str = "float32", exact: bool = True, blocks: str | None = "kd") -> TopKIndex:
+        """The parameters packed for search on the CPU; see :meth:`TopKIndex.build`."""
+        return TopKIndex.build(self, storage, exact=exact, blocks=blocks)
+
+    def _index(self, storage: str) -> TopKIndex:
+        index = self._indexes.get(storage)
+        if index is not None and not index.is_stale:
+            return index
+        with _BUILDING:
+            # Not one that is of no use any more: they are as large as the module.
+            for name, other in list(self._indexes.items()):
+                if other.is_stale:
+                    del self._indexes[name]
+            if storage not in self._indexes:
+                self._indexes[storage] = self.build_index(storage)
+            return self._indexes[storage]
 
     def score(self, input: Tensor, items: Tensor) -> Tensor:
         """Log-probabilities of given items (..., c); see :func:`cprec_kernels.functional.clustered_score`."""

@@ -34,16 +34,21 @@ RANK = define(f"clustered_rank(Tensor input, Tensor target, {WEIGHTS}) -> Tensor
 # Implementations
 
 
-def _check_topk(input: Tensor, k: int, *args: Any) -> None:
-    *weights, exclude, exclude_offsets, candidates = args
-    packed = Weights(*weights)
-    check_weights(input, packed)
-    num_items = packed.num_items
+def check_choice(
+    input: Tensor,
+    k: int,
+    num_items: int,
+    exclude: Tensor | None,
+    exclude_offsets: Tensor | None,
+    candidates: Tensor | None,
+) -> None:
+    """Check k and the shapes and dtypes of what narrows a search over rows (T, d): exclusions and candidates."""
     torch._check_value(0 <= k <= num_items, lambda: f"k = {k} is outside 0..{num_items} (num_items)")
     if exclude is not None and exclude_offsets is None:
         check_rows(exclude, input, "exclude", dim=2)
     if exclude_offsets is not None:
         torch._check_value(exclude is not None, lambda: "exclude offsets were given without items")
+        assert exclude is not None
         check_integers(exclude, "exclude items")
         check_integers(exclude_offsets, "exclude offsets")
         torch._check_value(
@@ -58,15 +63,16 @@ def _check_topk(input: Tensor, k: int, *args: Any) -> None:
         torch._check_value(candidates.dim() == 1, lambda: f"candidates must be 1-D, got {tuple(candidates.shape)}")
 
 
-def _check_topk_values(input: Tensor, k: int, *args: Any) -> None:
-    *weights, exclude, exclude_offsets, candidates = args
-    num_items = Weights(*weights).num_items
+def check_choice_values(
+    input: Tensor, num_items: int, exclude: Tensor | None, exclude_offsets: Tensor | None, candidates: Tensor | None
+) -> None:
+    """Check the data of what :func:`check_choice` has passed: a finite input, ids in range, offsets that ascend."""
     _check_finite(input)
     if candidates is not None:
         check_ids(candidates, num_items, "candidates")
     if exclude is not None:
         check_ids(exclude.clamp(min=0), num_items, "exclude")
-    if exclude_offsets is not None and exclude_offsets.device.type == "cpu":
+    if exclude is not None and exclude_offsets is not None and exclude_offsets.device.type == "cpu":
         ends = int(exclude_offsets[0]), int(exclude_offsets[-1])
         ascending = bool((exclude_offsets.diff() >= 0).all())
         if ends != (0, exclude.shape[0]) or not ascending:
@@ -74,6 +80,18 @@ def _check_topk_values(input: Tensor, k: int, *args: Any) -> None:
                 f"exclude offsets must ascend from 0 to the number of items {exclude.shape[0]}, got {ends[0]}..{ends[1]}"
                 f"{'' if ascending else ', not ascending'}"
             )
+
+
+def _check_topk(input: Tensor, k: int, *args: Any) -> None:
+    *weights, exclude, exclude_offsets, candidates = args
+    packed = Weights(*weights)
+    check_weights(input, packed)
+    check_choice(input, k, packed.num_items, exclude, exclude_offsets, candidates)
+
+
+def _check_topk_values(input: Tensor, k: int, *args: Any) -> None:
+    *weights, exclude, exclude_offsets, candidates = args
+    check_choice_values(input, Weights(*weights).num_items, exclude, exclude_offsets, candidates)
 
 
 def _check_finite(input: Tensor) -> None:
@@ -131,6 +149,31 @@ autocast(RANK, _autocast)
 Exclude = Tensor | tuple[Tensor, Tensor]
 
 
+def choice_of_rows(input: Tensor, k: int, exclude: Exclude | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows (T, d) of an input (..., d), the exclusions as the ops take them, and their offsets.
+
+    Raises:
+        TypeError: k not an int, exclude neither a tensor nor a pair.
+        ValueError: padded exclusions that do not go with the input.
+    """
+    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
+        raise TypeError(f"k must be an int, got {k!r}")
+    pair = isinstance(exclude, tuple) and len(exclude) == 2
+    if exclude is not None and not isinstance(exclude, Tensor) and not pair:
+        raise TypeError(
+            "exclude must be an int64 tensor (..., m), negative entries skipped, or a pair (offsets, items)"
+        )
+    rows = as_rows(input)
+    if isinstance(exclude, Tensor):
+        check_leading(exclude, input, "exclude", 1)
+        # By the number of rows: -1 would be ambiguous for an empty list of exclusions.
+        return rows, exclude.reshape(rows.shape[0], exclude.shape[-1]), None
+    if exclude is None:
+        return rows, None, None
+    offsets, items = exclude
+    return rows, items, offsets
+
+
 def clustered_topk(
     input: Tensor,
     k: int,
@@ -160,23 +203,9 @@ def clustered_topk(
         ValueError: k out of range, shapes that do not fit; on the CPU also NaN or inf in the input and NaN scores. On
             a device, which is not waited for, an item whose score is NaN is not found.
     """
-    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
-        raise TypeError(f"k must be an int, got {k!r}")
-    pair = isinstance(exclude, tuple) and len(exclude) == 2
-    if exclude is not None and not isinstance(exclude, Tensor) and not pair:
-        raise TypeError(
-            "exclude must be an int64 tensor (..., m), negative entries skipped, or a pair (offsets, items)"
-        )
-    rows = as_rows(input)
-    offsets: Tensor | None = None
-    if isinstance(exclude, Tensor):
-        check_leading(exclude, input, "exclude", 1)
-        # By the number of rows: -1 would be ambiguous for an empty list of exclusions.
-        exclude = exclude.reshape(rows.shape[0], exclude.shape[-1])
-    elif exclude is not None:
-        offsets, exclude = exclude
+    rows, excluded, offsets = choice_of_rows(input, k, exclude)
     with torch.no_grad():
-        scores, items = torch.ops.cprec.clustered_topk(rows, k, *weights.args(), exclude, offsets, candidates)
+        scores, items = torch.ops.cprec.clustered_topk(rows, k, *weights.args(), excluded, offsets, candidates)
     shape = (*input.shape[:-1], k)
     return scores.reshape(shape), items.reshape(shape)
 

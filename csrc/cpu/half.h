@@ -41,6 +41,10 @@ static inline float to_float(Float16 x) {
   return as_float(sign | as_bits(as_float(magnitude << 13) * as_float(0x77800000u)));
 }
 
+static inline float to_float(int8_t x) {
+  return x;
+}
+
 static inline void from_float(float x, float* out) {
   *out = x;
 }

@@ -6,6 +6,7 @@
 #include "cpu/clustered_softmax.h"
 #include "cpu/roofline.h"
 #include "cpu/row_optimizer.h"
+#include "cpu/topk_index.h"
 #include "cprec/cpu.h"
 
 #define CPREC_KERNEL_TABLE(name)                   \
@@ -27,6 +28,10 @@
       cprec::CPREC_ISA::softmax_grad,              \
       cprec::CPREC_ISA::softmax_lse_workspace,     \
       cprec::CPREC_ISA::softmax_grad_workspace,    \
+      cprec::CPREC_ISA::index_pack,                \
+      cprec::CPREC_ISA::index_scan,                \
+      cprec::CPREC_ISA::index_logits,              \
+      cprec::CPREC_ISA::index_leaves,              \
       cprec::CPREC_ISA::row_adamw,                 \
       cprec::CPREC_ISA::row_adagrad,               \
       cprec::CPREC_ISA::row_scale,                 \

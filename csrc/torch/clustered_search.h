@@ -5,9 +5,9 @@
 
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
+#include "torch/best_items.h"
 #include "torch/clustered_softmax_levels.h"
 
 namespace cprec::softmax {
@@ -35,30 +35,6 @@ struct Scan {
   int64_t blocks() const { return (items + kMaximaEntries - 1) / kMaximaEntries; }
   const float* block_maxima(int64_t block) const { return maxima.data() + block * num_tokens(); }
 };
-
-// The score of an entry: its log-probability, rounded once.
-inline float score_of(float logit, double offset) {
-  return static_cast<float>((static_cast<double>(logit) + offset) * kLn2);
-}
-
-// The least float whose score is at least `score` (above it, if strict); infinite when there is none. A bisection over
-// the floats in order, since many logits may share a score.
-inline float least_logit(float score, double offset, bool strict) {
-  const auto float_at = [](int64_t place) {
-    const uint32_t bits = place >= 0 ? static_cast<uint32_t>(place) : 0x80000000u | static_cast<uint32_t>(-place - 1);
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  };
-  constexpr int64_t kInfinity = 0x7f800000;
-  int64_t low = -kInfinity - 1, high = kInfinity;  // the answer is above low, at or below high
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
-    const float reached = score_of(float_at(middle), offset);
-    (strict ? reached > score : reached >= score) ? high = middle : low = middle;
-  }
-  return float_at(high);
-}
 
 // Logits of `count` entries for the kLanes positions from `lane`, at out[entry * kLanes + lane].
 inline void logits_of(const Scan& scan, int64_t first, int64_t count, int64_t lane, float* out) {

@@ -8,6 +8,7 @@
 namespace {
 
 using namespace cprec::softmax;
+using cprec::kLn2;
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 

@@ -9,6 +9,7 @@
 namespace {
 
 using namespace cprec::softmax;
+using cprec::kLn2;
 
 // What a level's gradient kernel needs to know of its tokens: five rows of (m padded,) floats.
 Tensor gradient_terms(const Level& level, const Tensor& g1, const Tensor& g2, const Tensor& lse) {

@@ -24,7 +24,6 @@ constexpr int64_t kMaxSlabs = 32;
 constexpr int64_t kFewSlabs = 8;
 constexpr int64_t kMinSlabEntries = 144;
 constexpr int64_t kMaxPartialBytes = int64_t{24} << 20;
-constexpr double kLn2 = 0.6931471805599453;
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;

@@ -5,54 +5,8 @@
 
 namespace {
 
+using namespace cprec;
 using namespace cprec::softmax;
-using cprec::kMaximaEntries;
-
-struct Best {
-  float score;
-  int64_t item;
-};
-
-// Higher scores first, then smaller ids.
-bool before(const Best& a, const Best& b) {
-  return a.score > b.score || (a.score == b.score && a.item < b.item);
-}
-
-// What one row has found so far.
-struct RowSearch {
-  int64_t need = 0;              // scores that a threshold must rest on
-  std::vector<float> heap;       // the `need` largest block maxima, the least of them first
-  std::vector<int64_t> exclude;  // ascending
-  std::vector<Best> found;
-  float threshold = -std::numeric_limits<float>::infinity();
-
-  // Block maxima are scores of distinct items. Of any k + m of them at least k are not among the m excluded ones: the
-  // least of the k + m largest is reached by k items that may be returned.
-  void offer(float score) {
-    if (static_cast<int64_t>(heap.size()) < need) {
-      heap.push_back(score);
-      std::push_heap(heap.begin(), heap.end(), std::greater<>());
-    } else if (score > heap.front()) {
-      std::pop_heap(heap.begin(), heap.end(), std::greater<>());
-      heap.back() = score;
-      std::push_heap(heap.begin(), heap.end(), std::greater<>());
-    }
-    if (static_cast<int64_t>(heap.size()) == need) threshold = heap.front();
-  }
-
-  void add(Best best, int64_t k) {
-    if (std::binary_search(exclude.begin(), exclude.end(), best.item)) return;
-    found.push_back(best);
-    if (static_cast<int64_t>(found.size()) >= 4 * k + 1024) prune(k);
-  }
-
-  void prune(int64_t k) {
-    if (static_cast<int64_t>(found.size()) <= k) return;
-    std::nth_element(found.begin(), found.begin() + k - 1, found.end(), before);
-    found.resize(static_cast<size_t>(k));
-    threshold = std::max(threshold, found.back().score);
-  }
-};
 
 // Raises the rows' thresholds by the block maxima of a scan.
 void raise_thresholds(const Scan& scan, std::vector<RowSearch>& rows) {
@@ -64,9 +18,7 @@ void raise_thresholds(const Scan& scan, std::vector<RowSearch>& rows) {
       for (int64_t i = 0; i < kLanes; ++i) least[i] = std::numeric_limits<float>::infinity();
       const auto update = [&](int64_t i) {
         const RowSearch& row = rows[static_cast<size_t>(scan.rows[static_cast<size_t>(lane + i)])];
-        const bool full = static_cast<int64_t>(row.heap.size()) == row.need;
-        least[i] = full ? least_logit(row.threshold, scan.offset[static_cast<size_t>(lane + i)], true)
-                        : -std::numeric_limits<float>::infinity();
+        least[i] = least_logit(row.threshold(), scan.offset[static_cast<size_t>(lane + i)], true);
       };
       for (int64_t i = 0; i < lanes; ++i) update(i);
       for (int64_t block = 0; block < scan.blocks(); ++block) {
@@ -112,40 +64,11 @@ void visit_blocks(const Scan& scan, const std::vector<float>& least, const std::
   });
 }
 
-void check_exclusions(const Tensor& items, const Tensor& offsets, int64_t rows) {
-  if (!items.defined()) return;
-  TORCH_CHECK_TYPE(items.scalar_type() == at::kLong, "exclude must be int64");
-  if (!offsets.defined()) {
-    TORCH_CHECK_VALUE(items.dim() == 2 && items.size(0) == rows, "exclude must have one row per row of input");
-    return;
-  }
-  TORCH_CHECK_TYPE(offsets.scalar_type() == at::kLong, "exclude offsets must be int64");
-  TORCH_CHECK_VALUE(items.dim() == 1 && offsets.dim() == 1 && offsets.size(0) == rows + 1,
-                    "exclude offsets must have one entry more than input has rows");
-  const int64_t* place = offsets.const_data_ptr<int64_t>();
-  bool fits = place[0] == 0 && place[rows] == items.size(0);
-  for (int64_t row = 0; row < rows; ++row) fits = fits && place[row] <= place[row + 1];
-  TORCH_CHECK_VALUE(fits, "exclude offsets must ascend from 0 to ", items.size(0));
-}
-
-std::vector<int64_t> sorted_exclusions(const Tensor& items, const Tensor& offsets, int64_t row) {
-  const int64_t width = offsets.defined() ? 0 : items.size(1);
-  const int64_t* data = items.const_data_ptr<int64_t>();
-  const int64_t first = offsets.defined() ? offsets.const_data_ptr<int64_t>()[row] : row * width;
-  const int64_t last = offsets.defined() ? offsets.const_data_ptr<int64_t>()[row + 1] : first + width;
-  std::vector<int64_t> out;
-  for (int64_t i = first; i < last; ++i)
-    if (data[i] >= 0) out.push_back(data[i]);
-  std::sort(out.begin(), out.end());
-  out.erase(std::unique(out.begin(), out.end()), out.end());
-  return out;
-}
-
 // Rows for which tail j may hold an item that is wanted.
 std::vector<int64_t> rows_for_tail(const Search& search, size_t j, const std::vector<RowSearch>& rows) {
   std::vector<int64_t> out;
   for (int64_t row = 0; row < search.num_rows(); ++row)
-    if (search.tail_bound(j, row) >= rows[static_cast<size_t>(row)].threshold) out.push_back(row);
+    if (search.tail_bound(j, row) >= rows[static_cast<size_t>(row)].threshold()) out.push_back(row);
   return out;
 }
 
@@ -183,9 +106,8 @@ std::tuple<Tensor, Tensor> clustered_topk_cpu(const Tensor& input, int64_t k, at
     std::vector<RowSearch> rows(static_cast<size_t>(end - begin));
     at::parallel_for(0, end - begin, 16, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        RowSearch& own = rows[static_cast<size_t>(row)];
-        if (excluded.defined()) own.exclude = sorted_exclusions(excluded, offsets, begin + row);
-        own.need = k + static_cast<int64_t>(own.exclude.size());
+        auto own = excluded.defined() ? sorted_exclusions(excluded, offsets, begin + row) : std::vector<int64_t>{};
+        rows[static_cast<size_t>(row)].start(k, std::move(own), false);
       }
     });
     // With candidates a block's largest logit may be nobody's: there is no threshold but what was found.
@@ -193,7 +115,7 @@ std::tuple<Tensor, Tensor> clustered_topk_cpu(const Tensor& input, int64_t k, at
     const auto collect = [&](const Scan& scan) {
       std::vector<float> least(scan.rows.size());
       for (size_t t = 0; t < least.size(); ++t)
-        least[t] = least_logit(rows[static_cast<size_t>(scan.rows[t])].threshold, scan.offset[t], false);
+        least[t] = least_logit(rows[static_cast<size_t>(scan.rows[t])].threshold(), scan.offset[t], false);
       visit_blocks(scan, least, thresholds ? nullptr : &blocks[scan.index],
                    [&](int64_t t, int64_t first, int64_t count, const float* logits) {
                      RowSearch& row = rows[static_cast<size_t>(scan.rows[static_cast<size_t>(t)])];
@@ -203,30 +125,25 @@ std::tuple<Tensor, Tensor> clustered_topk_cpu(const Tensor& input, int64_t k, at
                        if (!(logit >= least[static_cast<size_t>(t)])) continue;
                        const float score = score_of(logit, offset);
                        const int64_t item = scan.first_item + first + i;
-                       if (score < row.threshold || (!allowed.empty() && !allowed[static_cast<size_t>(item)])) continue;
-                       row.add({score, item}, k);
+                       if (score < row.threshold() || (!allowed.empty() && !allowed[static_cast<size_t>(item)]))
+                         continue;
+                       row.add({score, logit, item, static_cast<int64_t>(scan.index)}, score);
                      }
                    });
     };
+    // The head's best items at once: no threshold is better when it comes to what need not be scanned.
     if (thresholds) raise_thresholds(search.scans[0], rows);
+    collect(search.scans[0]);
     for (size_t j = 1; j < weights.size(); ++j) {
       if (!thresholds && blocks[j].empty()) continue;
       search.scan_tail(j, rows_for_tail(search, j, rows), true);
       if (thresholds) raise_thresholds(search.scans.back(), rows);
+      collect(search.scans.back());
     }
-    for (const Scan& scan : search.scans) collect(scan);
     at::parallel_for(0, end - begin, 16, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        auto& found = rows[static_cast<size_t>(row)].found;
-        const auto kept = std::min(k, static_cast<int64_t>(found.size()));
-        std::partial_sort(found.begin(), found.begin() + kept, found.end(), before);
-        float* score = scores.mutable_data_ptr<float>() + (begin + row) * k;
-        int64_t* item = items.mutable_data_ptr<int64_t>() + (begin + row) * k;
-        for (int64_t i = 0; i < k; ++i) {
-          const bool there = i < kept && found[static_cast<size_t>(i)].score > -std::numeric_limits<float>::infinity();
-          score[i] = there ? found[static_cast<size_t>(i)].score : -std::numeric_limits<float>::infinity();
-          item[i] = there ? found[static_cast<size_t>(i)].item : -1;
-        }
+        write_best(rows[static_cast<size_t>(row)].found, k, scores.mutable_data_ptr<float>() + (begin + row) * k,
+                   items.mutable_data_ptr<int64_t>() + (begin + row) * k);
       }
     });
   });

@@ -135,8 +135,8 @@ def test_bad_arguments_are_named():
         ClusteredSoftmaxWithLoss(64, PARTITION, reduction="median")
     with pytest.raises(ValueError, match="ignore_index = 0 is an item"):
         ClusteredSoftmaxWithLoss(64, PARTITION, ignore_index=0)
-    with pytest.raises(NotImplementedError, match="storage='int8'"):
-        ClusteredSoftmaxWithLoss(64, PARTITION).topk(torch.randn(1, 64), 1, storage="int8")
+    with pytest.raises(ValueError, match=r"storage must be one of 'float32', .* got 'int4'"):
+        ClusteredSoftmaxWithLoss(64, PARTITION).topk(torch.randn(1, 64), 1, storage="int4")
 
 
 def test_a_step_compiles_and_exports_whole():

@@ -14,6 +14,9 @@ namespace cprec {
 constexpr std::int64_t kTokenPad = 16;
 constexpr std::int64_t kRankPad = 8;
 
+// Logits and log-sum-exps come in powers of two.
+constexpr double kLn2 = 0.6931471805599453;
+
 // Entries whose largest logit a search keeps together.
 constexpr std::int64_t kMaximaEntries = 48;
 

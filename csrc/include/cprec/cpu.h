@@ -8,6 +8,7 @@
 #include "cprec/block_embedding.h"
 #include "cprec/clustered_softmax.h"
 #include "cprec/row_optimizer.h"
+#include "cprec/topk_index.h"
 
 namespace cprec {
 
@@ -42,6 +43,12 @@ struct CpuKernels {
   // Floats of workspace that one slab of a level needs.
   std::int64_t (*softmax_lse_workspace)(const SoftmaxLevel& level);
   std::int64_t (*softmax_grad_workspace)(const SoftmaxLevel& level);
+  // Search through packed weights. z (rows, rank) into (rows, rank) floats of tiles; a single row's tile is the row.
+  void (*index_pack)(const float* z, std::int64_t rows, std::int64_t rank, float* tiles);
+  void (*index_scan)(const IndexLevel& level, const IndexScan& scan);
+  // Logits times log2(e) of groups first..first+count-1 for one packed row, (32 count,).
+  void (*index_logits)(const IndexLevel& level, const float* z, std::int64_t first, std::int64_t count, float* out);
+  void (*index_leaves)(const IndexLeaves& leaves);
   // Gradients begin..end-1, or elements where no rows are named.
   void (*row_adamw)(const RowAdamWParams& params, std::int64_t begin, std::int64_t end);
   void (*row_adagrad)(const RowAdagradParams& params, std::int64_t begin, std::int64_t end);

@@ -1,0 +1,312 @@
+"""Packing weights for search: groups of 32 items, number formats, blocks of neighbouring items and their bounds.
+
+:class:`cprec_kernels.ops.topk_index.IndexArrays` says what every array holds. All bounds are taken in fp64 and rounded
+away from zero: a search that trusts them must never lose an item.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops.clustered_softmax import Weights
+from ..ops.topk_index import GROUP, LEAF, IndexArrays
+
+STORAGES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+# What to take instead of a storage whose range is too small.
+_WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
+BLOCKS = ("kd", None)
+# A tail of so few leaves is scored about as fast as its leaves are looked at: its order stays.
+MIN_LEAVES_TO_REORDER = 4
+# Relative rounding of the bounds, far above that of fp64 sums and below what costs speed.
+ROUND_UP = 1 + 1e-6
+# log2(number of items) of leaves that are not there: no sum notices them.
+NO_ITEMS = -1e30
+
+
+class PackedLevel(NamedTuple):
+    """The arrays of one level, as in :class:`IndexArrays`, and its row of the bounds (5,)."""
+
+    groups: Tensor
+    scales: Tensor
+    exact: Tensor
+    biases: Tensor
+    projections: Tensor
+    ids: Tensor
+    leaves: Tensor
+    leaf_stats: Tensor
+    bounds: Tensor
+
+
+def pack(weights: Weights, storage: str, exact: bool, blocks: str | None) -> IndexArrays:
+    """Pack the parameters of a clustered softmax, on the CPU and in a floating dtype up to fp32.
+
+    Args:
+        storage: a key of STORAGES.
+        exact: keep the fp32 weights beside a narrower storage, so that ids are those of the weights.
+        blocks: "kd" reorders large tails so that leaves hold neighbours, and bounds every leaf; None does neither.
+
+    Raises:
+        ValueError: NaN or inf in a parameter, a weight outside the storage's range; the message names the place.
+    """
+    check_finite(weights)
+    tails = len(weights.weights) - 1
+    head = weights.weights[0].shape[0] - tails
+    width = (weights.projections[0] if weights.projections else weights.weights[0]).shape[1]
+    remaining = iter(weights.projections)
+    levels = []
+    first = 0
+    for j, table in enumerate(weights.weights):
+        size = head if j == 0 else table.shape[0]
+        bias = weights.head_bias if j == 0 else (weights.tail_biases[j - 1] if weights.tail_biases else None)
+        projection = None if table.shape[1] == width else next(remaining).float().contiguous()
+        levels.append(
+            _pack_level(
+                table[:size].float(),
+                None if bias is None else bias[:size].float(),
+                projection,
+                first,
+                storage,
+                exact and storage != "float32",
+                None if j == 0 else blocks,
+                f"weights[{j}]",
+            )
+        )
+        first += size
+    *lists, bounds = (list(arrays) for arrays in zip(*levels, strict=True))
+    sizes = [head, *(table.shape[0] for table in weights.weights[1:])]
+    parents = weights.weights[0][head:].to(torch.float32, copy=True)
+    parent_bias = _absent() if weights.head_bias is None else weights.head_bias[head:].to(torch.float32, copy=True)
+    return IndexArrays._make([sizes, *lists, torch.stack(bounds), parents.contiguous(), parent_bias.contiguous()])
+
+
+def check_finite(weights: Weights) -> None:
+    """Raise ValueError for NaN or inf in any parameter, naming the first row."""
+    named = [(f"weights[{j}]", table) for j, table in enumerate(weights.weights)]
+    named += [(f"projections[{i}]", projection) for i, projection in enumerate(weights.projections)]
+    if weights.head_bias is not None:
+        named.append(("head_bias", weights.head_bias))
+    named += [(f"tail_biases[{j}]", bias) for j, bias in enumerate(weights.tail_biases)]
+    for name, tensor in named:
+        # The extremes are NaN or inf if anything is: one pass, and nothing of the tensor's size.
+        if not all(value.isfinite() for value in tensor.aminmax()):
+            row = int((~tensor.isfinite()).reshape(tensor.shape[0], -1).any(1).nonzero()[0])
+            raise ValueError(f"{name} row {row} holds NaN or inf: scores could not be ordered; mend the weights first")
+
+
+def _absent(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(0, dtype=dtype)
+
+
+def _pack_level(
+    weight: Tensor,
+    bias: Tensor | None,
+    projection: Tensor | None,
+    first: int,
+    storage: str,
+    exact: bool,
+    blocks: str | None,
+    name: str,
+) -> PackedLevel:
+    """One level from its items' weights (k_j, r_j) and biases (k_j,), both fp32; its first item has id ``first``."""
+    size = weight.shape[0]
+    order = None
+    if blocks == "kd" and size > MIN_LEAVES_TO_REORDER * LEAF:
+        order = kd_order(weight, projection)
+        weight, bias = weight[order], None if bias is None else bias[order]
+    full = _groups(weight)
+    groups, scales = _narrow(full, storage, name)
+    counting = (groups, scales) if storage != "float32" and not exact else (full, _absent())
+    leaves, leaf_stats = _leaves(*counting, bias, size) if blocks == "kd" else (_absent(), _absent())
+    return PackedLevel(
+        groups,
+        scales,
+        full if exact else _absent(),
+        _absent() if bias is None else _padded(bias, GROUP),
+        # A copy: an index must not change with the weights it was built from.
+        _absent() if projection is None else projection.clone(),
+        _absent(torch.int32) if order is None else _padded((order + first).int(), GROUP, -1),
+        leaves,
+        leaf_stats,
+        _level_bounds(full, groups, scales, exact, bias, size),
+    )
+
+
+# Groups and number formats
+
+
+def _padded(rows: Tensor, multiple: int, value: float = 0) -> Tensor:
+    """Rows (m, ...) in fresh memory, followed by rows of ``value`` up to a multiple."""
+    out = rows.new_full((-(-rows.shape[0] // multiple) * multiple, *rows.shape[1:]), value)
+    out[: rows.shape[0]] = rows
+    return out
+
+
+def _groups(rows: Tensor) -> Tensor:
+    """(ceil(m / 32), r, 32) from rows (m, r)."""
+    return _padded(rows, GROUP).reshape(-1, GROUP, rows.shape[1]).transpose(1, 2).contiguous()
+
+
+def _narrow(groups: Tensor, storage: str, name: str) -> tuple[Tensor, Tensor]:
+    """Groups in a storage, and the scales of int8. Raises ValueError for a weight outside its range."""
+    if storage == "int8":
+        largest = groups.abs().amax((1, 2))
+        scales = largest / 127
+        # The scale of a group of tiny weights may round to 0; so do its weights then.
+        steps = groups / scales.masked_fill(scales == 0, torch.inf)[:, None, None]
+        return steps.round_().clamp_(-127, 127).to(torch.int8), scales
+    narrow = groups.to(STORAGES[storage])
+    if storage != "float32" and not narrow.isfinite().all():
+        low, high = groups.aminmax()
+        worst = float(high if high > -low else low)
+        raise ValueError(
+            f"{name} holds {worst:g}, outside the range of {storage}; build with storage={_WIDER[storage]!r}"
+        )
+    return narrow, _absent()
+
+
+# Blocks
+
+
+def kd_order(weight: Tensor, projection: Tensor | None) -> Tensor:
+    """Positions (k,) int64 of weights (k, r) fp32, such that each 64 consecutive ones are near to each other.
+
+    Balanced kd splits: a node of 64 * 2^s items is halved at the median of its widest column, until leaves are left;
+    the last node of a depth may hold fewer. With h of unit variance column c of Q h has variance (Q Q^T)_cc, so that
+    is what makes a column's width count. Within a leaf items are in the order of their ids.
+    """
+    points = weight if projection is None else weight * torch.linalg.vector_norm(projection, dim=1)
+    count = points.shape[0]
+    order = torch.arange(count)
+    size = LEAF
+    while size < count:
+        size *= 2
+    while size > LEAF:
+        whole = count // size * size
+        if whole > 0:
+            _halve(points, order[:whole].view(-1, size), size // 2)
+        if count - whole > size // 2:
+            _halve(points, order[whole:].view(1, -1), size // 2)
+        size //= 2
+    whole = count // LEAF * LEAF
+    order[:whole] = order[:whole].view(-1, LEAF).sort(1).values.view(-1)
+    order[whole:] = order[whole:].sort().values
+    return order
+
+
+# Numbers widened or gathered at a time: what packing holds beside the arrays themselves.
+MAX_NUMBERS = 1 << 24
+
+
+def _halve(points: Tensor, nodes: Tensor, left: int) -> None:
+    """Reorder nodes (m, size) of positions so that the ``left`` smallest along the node's widest column come first."""
+    for part in nodes.split(max(1, MAX_NUMBERS // (nodes.shape[1] * points.shape[1]))):
+        own = points.index_select(0, part.reshape(-1)).view(*part.shape, -1)
+        widest = (own.amax(1) - own.amin(1)).argmax(1)
+        keys = own.gather(2, widest[:, None, None].expand(-1, part.shape[1], 1)).squeeze(2)
+        part.copy_(part.gather(1, torch.from_numpy(np.argpartition(keys.numpy(), left, axis=1))))
+
+
+# Bounds
+
+
+def rows_of(groups: Tensor, scales: Tensor, rows: slice) -> Tensor:
+    """The stored weights (m, r) of packed rows, from a multiple of 32 on, in fp64: it holds scale * int8 exactly."""
+    own = slice(rows.start // GROUP, -(-rows.stop // GROUP))
+    values = groups[own].double()
+    if scales.numel() > 0:
+        values = values * scales[own, None, None].double()
+    return values.transpose(1, 2).reshape(-1, groups.shape[1])[: rows.stop - rows.start]
+
+
+def _chunks(size: int, rank: int) -> Iterator[slice]:
+    """Slices of rows, each of whole leaves but for the last one."""
+    step = max(1, MAX_NUMBERS // (LEAF * rank)) * LEAF
+    whole = size // LEAF * LEAF
+    for start in range(0, whole, step):
+        yield slice(start, min(start + step, whole))
+    if whole < size:
+        yield slice(whole, size)
+
+
+def _up(values: Tensor) -> Tensor:
+    """fp64 values >= 0 as fp32, never below what they were before fp64 rounded them."""
+    rounded = values.float()
+    above = torch.nextafter(rounded, rounded.new_full((), torch.inf))
+    return torch.where((rounded.double() > values) | (values == 0), rounded, above)
+
+
+def _leaves(groups: Tensor, scales: Tensor, bias: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """Leaves (ceil(L / 32), 3, r, 32) and their statistics (ceil(L / 32), 4, 32) of packed items."""
+    rank = groups.shape[1]
+    number = -(-size // LEAF)
+    boxes = _padded(torch.empty(number, 3, rank), GROUP)
+    stats = _padded(torch.empty(number, 4), GROUP)
+    stats[number:, 1] = NO_ITEMS
+    for rows in _chunks(size, rank):
+        leaf = slice(rows.start // LEAF, -(-rows.stop // LEAF))
+        own = rows_of(groups, scales, rows).view(leaf.stop - leaf.start, -1, rank)
+        mean = own.mean(1).float()
+        low, high = own.amin(1), own.amax(1)
+        centre = ((low + high) / 2).float()
+        half = torch.maximum(high - centre, centre - low)
+        # About the mean as it is stored: that is the one a search has.
+        radius = torch.linalg.vector_norm(own - mean[:, None], dim=2).amax(1)
+        boxes[leaf] = torch.stack([mean, centre, _up(half)], 1)
+        stats[leaf, 0] = _up(radius * ROUND_UP)
+        stats[leaf, 1] = math.log2(own.shape[1])
+        stats[leaf, 2:] = 0
+        if bias is not None:
+            own_bias = bias[rows].view(leaf.stop - leaf.start, -1)
+            stats[leaf, 2] = own_bias.amax(1)
+            stats[leaf, 3] = own_bias.double().mean(1).float()
+    return _in_lanes(boxes), _in_lanes(stats)
+
+
+def _in_lanes(per_leaf: Tensor) -> Tensor:
+    """(L / 32, ..., 32) from values per leaf (L, ...)."""
+    return per_leaf.reshape(-1, GROUP, *per_leaf.shape[1:]).movedim(1, -1).contiguous()
+
+
+def _level_bounds(full: Tensor, groups: Tensor, scales: Tensor, exact: bool, bias: Tensor | None, size: int) -> Tensor:
+    """A level's row (5,) of the bounds, from its fp32 groups and the stored ones."""
+    rank = full.shape[1]
+    narrow = groups.dtype != torch.float32
+    nothing = _absent()
+    counting = (groups, scales) if narrow and not exact else (full, nothing)
+    mean = torch.zeros(rank, dtype=torch.float64)
+    for rows in _chunks(size, rank):
+        mean += rows_of(*counting, rows).sum(0)
+    mean /= size
+    error, norm, radius = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+
+    def longest(least: Tensor, vectors: Tensor) -> Tensor:
+        return torch.maximum(least, torch.linalg.vector_norm(vectors, dim=1).max())
+
+    for rows in _chunks(size, rank):
+        own = rows_of(full, nothing, rows)
+        norm = longest(norm, own)
+        order_by = own
+        if narrow:
+            stored = rows_of(groups, scales, rows)
+            norm = longest(norm, stored)
+            if exact:
+                error = longest(error, own - stored)
+            else:
+                order_by = stored
+        radius = longest(radius, order_by - mean)
+    above = largest = torch.zeros((), dtype=torch.float64)
+    if bias is not None:
+        wide = bias.double()
+        above, largest = (wide.max() - wide.mean()).clamp(min=0), wide.abs().max()
+    return torch.stack([error, norm, radius, above, largest]) * ROUND_UP

@@ -1,0 +1,228 @@
+// Loop bodies of a search through packed weights: logits of items in lanes, their largest per block, sums of their
+// exponentials, and bounds of leaves. See docs/topk.md for what the bounds prove.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "cpu/math.h"
+#include "cpu/softmax_block.h"
+#include "cprec/topk_index.h"
+
+namespace cprec::CPREC_ISA {
+
+constexpr int kGroupVectors = static_cast<int>(kIndexGroup) / Vec::kWidth;
+constexpr int64_t kAheadBytes = int64_t{16} << 10;
+constexpr int64_t kLeafFlush = 16;  // groups of leaves whose sum may stay in fp32
+
+// f<R>(row) for tiles of R rows that cover 0..rows-1. Which tile a row falls into changes no bit of its results.
+template <class F>
+static inline __attribute__((always_inline)) void for_index_tiles(int64_t rows, F f) {
+  int64_t row = 0;
+  for (; rows - row >= Vec::kTileRows; row += Vec::kTileRows) f.template operator()<Vec::kTileRows>(row);
+  if (rows - row >= 2 * Vec::kRowStep) {
+    f.template operator()<2 * Vec::kRowStep>(row);
+    row += 2 * Vec::kRowStep;
+  }
+  if (rows - row >= Vec::kRowStep) {
+    f.template operator()<Vec::kRowStep>(row);
+    row += Vec::kRowStep;
+  }
+  if (Vec::kRowStep > 2 && rows - row >= 2) {
+    f.template operator()<2>(row);
+    row += 2;
+  }
+  if (rows > row) f.template operator()<1>(row);
+}
+
+// z (rows, rank) into tiles: a tile of R rows at row * rank holds them column by column, times log2(e).
+static void index_pack(const float* z, int64_t rows, int64_t rank, float* tiles) {
+  for_index_tiles(rows, [&]<int R>(int64_t row) {
+    float* tile = tiles + row * rank;
+    for (int64_t c = 0; c < rank; ++c)
+      for (int r = 0; r < R; ++r) tile[c * R + r] = z[(row + r) * rank + c] * kLog2E;
+  });
+}
+
+// Vectors that a tile of R rows takes at a time: enough chains to hide the latency, few enough for the registers.
+template <int R>
+constexpr int kIndexVectors = R == 1               ? 8
+                              : R <= Vec::kRowStep ? 4
+                                                   : 2;
+
+// Logits, in powers of two, of R rows and the items of V vectors from vector `first` of the level.
+template <class T, int R, int V>
+static inline __attribute__((always_inline)) void index_tile(const IndexLevel& level, int64_t first, const float* tile,
+                                                             Vec (&sums)[R][V]) {
+  const T* items[V];
+  Vec bias[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    const int64_t vector = first + v;
+    items[v] = static_cast<const T*>(level.groups) + vector / kGroupVectors * level.rank * kIndexGroup +
+               vector % kGroupVectors * Vec::kWidth;
+    bias[v] = level.bias == nullptr ? Vec::zero()
+                                    : Vec::mul(Vec::load(level.bias + vector * Vec::kWidth), Vec::broadcast(kLog2E));
+  }
+  constexpr bool kScaled = sizeof(T) == 1;
+  // One row waits for memory: the next groups are fetched ahead, whole steps of this loop so as to meet them in order.
+  const int64_t step = level.rank * V * Vec::kWidth;
+  const int64_t ahead = (kAheadBytes / static_cast<int64_t>(sizeof(T)) + step - 1) / step * step;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums[r][v] = kScaled ? Vec::zero() : bias[v];
+  for (int64_t c = 0; c < level.rank; ++c) {
+    Vec columns[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      columns[v] = Vec::load(items[v] + c * kIndexGroup);
+      if constexpr (R == 1) __builtin_prefetch(items[v] + c * kIndexGroup + ahead, 0, 2);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec element = Vec::broadcast(tile[c * R + r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[r][v] = Vec::fma(element, columns[v], sums[r][v]);
+    }
+  }
+  if constexpr (kScaled) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Vec scale = Vec::broadcast(level.scales[(first + v) / kGroupVectors]);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) sums[r][v] = Vec::fma(scale, sums[r][v], bias[v]);
+    }
+  }
+  // Beyond the last item nothing is large.
+  if ((first + V) * Vec::kWidth > level.num_items) {
+    float out_of_range[V * Vec::kWidth];
+    for (int64_t i = 0; i < V * Vec::kWidth; ++i)
+      out_of_range[i] = first * Vec::kWidth + i < level.num_items ? 0.0f : kNoEntry;
+    for (int v = 0; v < V; ++v)
+      for (int r = 0; r < R; ++r) sums[r][v] = Vec::add(sums[r][v], Vec::load(out_of_range + v * Vec::kWidth));
+  }
+}
+
+// Vectors first..last-1, part of one block, for R rows.
+template <class T, int R, int V>
+static inline __attribute__((always_inline)) void scan_vectors(const IndexLevel& level, int64_t first, int64_t last,
+                                                               const float* tile, const float* shift, Vec (&highest)[R],
+                                                               Vec (&total)[R]) {
+  for (int64_t vector = first; vector < last; vector += V) {
+    Vec sums[R][V];
+    index_tile<T>(level, vector, tile, sums);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec by = Vec::broadcast(shift[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        highest[r] = Vec::max(sums[r][v], highest[r]);
+        total[r] = Vec::add(total[r], exp2(Vec::sub(sums[r][v], by)));
+      }
+    }
+  }
+}
+
+template <class T>
+static void scan_blocks(const IndexLevel& level, const IndexScan& scan) {
+  const int64_t vectors = (level.num_items + kIndexGroup - 1) / kIndexGroup * kGroupVectors;
+  const int64_t block_vectors = level.block / Vec::kWidth;
+  for (int64_t row = 0; row < scan.rows; ++row) scan.sum[row] = 0.0;
+  for (int64_t block = scan.block_begin; block < scan.block_end; ++block) {
+    const int64_t first = block * block_vectors;
+    const int64_t last = first + block_vectors < vectors ? first + block_vectors : vectors;
+    for_index_tiles(scan.rows, [&]<int R>(int64_t row) __attribute__((always_inline)) {
+      constexpr int V = kIndexVectors<R>;
+      const float* tile = scan.tiles + row * level.rank;
+      Vec highest[R], total[R];
+      for (int r = 0; r < R; ++r) {
+        highest[r] = Vec::broadcast(kNoEntry);
+        total[r] = Vec::zero();
+      }
+      const int64_t whole = first + (last - first) / V * V;
+      scan_vectors<T, R, V>(level, first, whole, tile, scan.shift + row, highest, total);
+      if constexpr (V > 2) scan_vectors<T, R, 2>(level, whole, last, tile, scan.shift + row, highest, total);
+      for (int r = 0; r < R; ++r) {
+        scan.maxima[(row + r) * scan.maxima_stride + block] = highest[r].maximum();
+        // A block's sum is short enough for fp32; the sum over blocks is not.
+        scan.sum[row + r] += static_cast<double>(total[r].sum());
+      }
+    });
+  }
+}
+
+static void index_scan(const IndexLevel& level, const IndexScan& scan) {
+  switch (level.storage) {
+    case IndexStorage::kFloat32: return scan_blocks<float>(level, scan);
+    case IndexStorage::kFloat16: return scan_blocks<Float16>(level, scan);
+    case IndexStorage::kBFloat16: return scan_blocks<BFloat16>(level, scan);
+    case IndexStorage::kInt8: return scan_blocks<int8_t>(level, scan);
+  }
+}
+
+// Logits, in powers of two, of one row z (rank,), scaled by log2(e), and groups first..first+count-1.
+template <class T>
+static void logits_of_groups(const IndexLevel& level, const float* z, int64_t first, int64_t count, float* out) {
+  const int64_t begin = first * kGroupVectors, end = (first + count) * kGroupVectors;
+  const auto vectors = [&]<int V>(int64_t from, int64_t to) {
+    for (int64_t vector = from; vector < to; vector += V) {
+      Vec sums[1][V];
+      index_tile<T>(level, vector, z, sums);
+      for (int v = 0; v < V; ++v) sums[0][v].store(out + (vector - begin + v) * Vec::kWidth);
+    }
+  };
+  const int64_t eights = begin + (end - begin) / 8 * 8;
+  vectors.template operator()<8>(begin, eights);
+  const int64_t fours = eights + (end - eights) / 4 * 4;
+  vectors.template operator()<4>(eights, fours);
+  vectors.template operator()<2>(fours, end);
+}
+
+static void index_logits(const IndexLevel& level, const float* z, int64_t first, int64_t count, float* out) {
+  switch (level.storage) {
+    case IndexStorage::kFloat32: return logits_of_groups<float>(level, z, first, count, out);
+    case IndexStorage::kFloat16: return logits_of_groups<Float16>(level, z, first, count, out);
+    case IndexStorage::kBFloat16: return logits_of_groups<BFloat16>(level, z, first, count, out);
+    case IndexStorage::kInt8: return logits_of_groups<int8_t>(level, z, first, count, out);
+  }
+}
+
+// The smaller of two upper bounds of w z over a leaf, with its largest bias: mean z + radius |z| (Cauchy-Schwarz) and
+// centre z + half-width |z| (per coordinate). And, since the mean of 2^x is at least 2^mean, a lower bound of the
+// leaf's sum of exponentials.
+static void index_leaves(const IndexLeaves& leaves) {
+  const int64_t vector_stride = leaves.rank * kIndexGroup;
+  const Vec log2e = Vec::broadcast(kLog2E), norm = Vec::broadcast(leaves.norm), shift = Vec::broadcast(leaves.shift);
+  Vec total = Vec::zero();
+  double sum = 0.0;
+  const int64_t groups = (leaves.num_leaves + kIndexGroup - 1) / kIndexGroup;
+  for (int64_t group = 0; group < groups; ++group) {
+    const float* vectors = leaves.vectors + group * kLeafVectors * vector_stride;
+    const float* numbers = leaves.numbers + group * kLeafNumbers * kIndexGroup;
+    for (int64_t lane = 0; lane < kIndexGroup; lane += Vec::kWidth) {
+      Vec mean = Vec::zero(), box = Vec::zero(), width = Vec::zero();
+      for (int64_t c = 0; c < leaves.rank; ++c) {
+        const float* column = vectors + c * kIndexGroup + lane;
+        const float z = leaves.z[c];
+        mean = Vec::fma(Vec::broadcast(z), Vec::load(column), mean);
+        box = Vec::fma(Vec::broadcast(z), Vec::load(column + vector_stride), box);
+        width = Vec::fma(Vec::broadcast(z < 0.0f ? -z : z), Vec::load(column + 2 * vector_stride), width);
+      }
+      const Vec radius = Vec::load(numbers + lane), items = Vec::load(numbers + kIndexGroup + lane);
+      const Vec largest_bias = Vec::mul(Vec::load(numbers + 2 * kIndexGroup + lane), log2e);
+      const Vec mean_bias = Vec::mul(Vec::load(numbers + 3 * kIndexGroup + lane), log2e);
+      const Vec sphere = Vec::fma(norm, radius, mean), cube = Vec::add(box, width);
+      const Vec least = Vec::if_above(sphere, cube, cube, sphere);
+      Vec::add(least, largest_bias).store(leaves.upper + group * kIndexGroup + lane);
+      total = Vec::add(total, exp2(Vec::sub(Vec::add(Vec::add(mean, mean_bias), items), shift)));
+    }
+    if (group % kLeafFlush == kLeafFlush - 1 || group == groups - 1) {
+      sum += static_cast<double>(total.sum());
+      total = Vec::zero();
+    }
+  }
+  *leaves.sum = sum;
+}
+
+}  // namespace cprec::CPREC_ISA

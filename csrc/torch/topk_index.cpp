@@ -1,0 +1,110 @@
+// torch's door to search through packed weights on the CPU.
+#include <torch/library.h>
+
+#include <optional>
+
+#include "torch/topk_index_search.h"
+
+namespace cprec::index {
+namespace {
+
+// Block maxima held at a time, and rows searched at a time.
+constexpr int64_t kMaxMaxima = int64_t{1} << 24;
+constexpr int64_t kMaxRows = 1024;
+
+Candidates find_candidates(const std::vector<Level>& levels, const Tensor& listed, int64_t num_items) {
+  TORCH_CHECK_TYPE(listed.scalar_type() == at::kLong, "candidates must be int64");
+  TORCH_CHECK_VALUE(listed.dim() == 1, "candidates must be 1-D");
+  Candidates out;
+  out.allowed.assign(static_cast<size_t>(num_items), false);
+  out.blocks.resize(levels.size());
+  const Tensor ids = listed.contiguous();
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    const int64_t item = ids.const_data_ptr<int64_t>()[i];
+    TORCH_CHECK_INDEX(item >= 0 && item < num_items, "candidates hold ", item, ", outside 0..", num_items - 1);
+    out.allowed[static_cast<size_t>(item)] = true;
+  }
+  for (const Level& level : levels)
+    for (int64_t position = 0; position < level.items(); ++position) {
+      auto& blocks = out.blocks[level.index];
+      const int64_t block = position / level.block();
+      if (out.allowed[static_cast<size_t>(level.item_at(position))] && (blocks.empty() || blocks.back() != block))
+        blocks.push_back(block);
+    }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> topk_index_cpu(const Tensor& input, int64_t k, at::IntArrayRef sizes,
+                                                  at::TensorList groups, at::TensorList scales, at::TensorList exact,
+                                                  at::TensorList biases, at::TensorList projections, at::TensorList ids,
+                                                  at::TensorList leaves, at::TensorList leaf_stats,
+                                                  const Tensor& bounds, const Tensor& parents,
+                                                  const Tensor& parent_bias, const std::optional<Tensor>& exclude,
+                                                  const std::optional<Tensor>& exclude_offsets,
+                                                  const std::optional<Tensor>& candidates, bool early_termination) {
+  TORCH_CHECK_VALUE(input.dim() == 2, "input must be (T, d)");
+  const std::vector<Level> levels = make_levels({sizes, groups, scales, exact, biases, projections, ids, leaves,
+                                                 leaf_stats, bounds, parents, parent_bias, input.size(1)});
+  const int64_t num_items = levels.back().first_item + levels.back().items();
+  TORCH_CHECK_VALUE(k >= 0 && k <= num_items, "k = ", k, " is outside 0..", num_items);
+  const Tensor scores = at::empty({input.size(0), k}, input.options().dtype(at::kFloat));
+  const Tensor items = at::empty({input.size(0), k}, input.options().dtype(at::kLong));
+  const Tensor counters = at::zeros({input.size(0), 3}, input.options().dtype(at::kLong));
+  if (k == 0 || input.size(0) == 0) return {scores, items, counters};
+
+  Options options;
+  options.k = k;
+  options.early_termination = early_termination;
+  if (exclude.has_value()) options.exclude = exclude->contiguous();
+  if (exclude_offsets.has_value()) options.exclude_offsets = exclude_offsets->contiguous();
+  check_exclusions(options.exclude, options.exclude_offsets, input.size(0));
+  if (candidates.has_value()) options.candidates = find_candidates(levels, *candidates, num_items);
+
+  // The parent labels as a level of their own: one group in fp32.
+  Level parent_labels;
+  const int64_t tails = static_cast<int64_t>(levels.size()) - 1, rank = levels[0].stored.rank;
+  std::vector<float> packed(static_cast<size_t>(rank * kIndexGroup), 0.0f), bias(kIndexGroup, 0.0f);
+  for (int64_t j = 0; j < tails; ++j) {
+    for (int64_t c = 0; c < rank; ++c)
+      packed[static_cast<size_t>(c * kIndexGroup + j)] = parents.const_data_ptr<float>()[j * rank + c];
+    if (parent_bias.numel() > 0) bias[static_cast<size_t>(j)] = parent_bias.const_data_ptr<float>()[j];
+  }
+  parent_labels.stored = {packed.data(), IndexStorage::kFloat32, nullptr, bias.data(), tails, rank, index_block(rank)};
+
+  const Tensor hidden = input.to(at::kFloat).contiguous();
+  int64_t blocks = 0;
+  for (const Level& level : levels) blocks += level.blocks();
+  const int64_t chunk = std::clamp<int64_t>(kMaxMaxima / blocks, 1, kMaxRows);
+  for (int64_t first = 0; first < input.size(0); first += chunk) {
+    const int64_t rows = std::min(chunk, input.size(0) - first);
+    ChunkSearch search(levels, parent_labels, options, hidden.const_data_ptr<float>() + first * input.size(1),
+                       input.size(1), first, rows);
+    search.run();
+    search.write(scores.mutable_data_ptr<float>() + first * k, items.mutable_data_ptr<int64_t>() + first * k,
+                 counters.mutable_data_ptr<int64_t>() + first * 3);
+  }
+  return {scores, items, counters};
+}
+
+// A copy in pages of the pool: large ones where the system grants them, so that a scan waits less for translations.
+Tensor in_large_pages_cpu(const Tensor& tensor) {
+  const Tensor out = pooled_empty(tensor.sizes(), tensor.options());
+  return out.copy_(tensor);
+}
+
+}  // namespace
+}  // namespace cprec::index
+
+TORCH_LIBRARY_FRAGMENT(cprec_native, m) {
+  m.def(
+      "topk_index(Tensor input, int k, int[] sizes, Tensor[] groups, Tensor[] scales, Tensor[] exact, Tensor[] biases,"
+      " Tensor[] projections, Tensor[] ids, Tensor[] leaves, Tensor[] leaf_stats, Tensor bounds, Tensor parents,"
+      " Tensor parent_bias, Tensor? exclude, Tensor? exclude_offsets, Tensor? candidates, bool early_termination)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("in_large_pages(Tensor tensor) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(cprec_native, CPU, m) {
+  m.impl("topk_index", &cprec::index::topk_index_cpu);
+  m.impl("in_large_pages", &cprec::index::in_large_pages_cpu);
+}

@@ -1,0 +1,179 @@
+"""Packing for search: where items are, and bounds that hold."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+from cprec_kernels import Partition
+from cprec_kernels.nn import index_packing
+from cprec_kernels.nn.index_packing import STORAGES, kd_order, pack, rows_of
+from cprec_kernels.ops.topk_index import GROUP, LEAF
+from cprec_kernels.testing import make_softmax
+
+PARTITION = Partition(3_017, [101, 700], [24, 9, 4], 24)
+
+
+def levels(arrays, weights, exact):
+    """Per level: fp32 weights, stored weights, the ones that count, biases, all in packed order and fp64."""
+    first = 0
+    for j, size in enumerate(arrays.sizes):
+        ids = arrays.ids[j][:size].long() - first if arrays.ids[j].numel() > 0 else torch.arange(size)
+        assert torch.equal(ids.sort().values, torch.arange(size))
+        full = weights.weights[j][:size][ids].double()
+        stored = rows_of(arrays.groups[j], arrays.scales[j], slice(0, size))
+        bias = weights.head_bias if j == 0 else (weights.tail_biases[j - 1] if weights.tail_biases else None)
+        yield j, full, stored, full if exact else stored, None if bias is None else bias[:size][ids]
+        first += size
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_items_are_where_the_layout_has_them(case, storage, exact, bias):
+    weights = make_softmax(case.partition, bias=bias, logit_std=3.0)
+    for blocks in ("kd", None):
+        arrays = pack(weights, storage, exact, blocks)
+        assert arrays.num_items == case.partition.num_items
+        assert arrays.width == case.partition.embedding_dim
+        projections = iter(weights.projections)
+        for j, full, stored, _, own_bias in levels(arrays, weights, exact):
+            size, groups, scales = len(full), arrays.groups[j], arrays.scales[j]
+            assert groups.shape == (math.ceil(size / GROUP), full.shape[1], GROUP)
+            for place in {0, size // 2, size - 1}:
+                packed = groups[place // GROUP, :, place % GROUP].double()
+                packed = packed * scales[place // GROUP].double() if storage == "int8" else packed
+                assert torch.equal(packed, stored[place])
+                if storage != "int8":
+                    assert torch.equal(packed, full[place].to(STORAGES[storage]).double())
+            if storage == "int8":
+                by_group = arrays.exact[j] if exact else pack(weights, "float32", True, blocks).groups[j]
+                assert torch.equal(scales, by_group.abs().amax((1, 2)) / 127)
+                # Rounded to the nearest: half a step, and the rounding of the division.
+                steps = (by_group.double() / scales.double()[:, None, None] - groups).abs()
+                assert steps.nan_to_num().max() <= 0.5 + 1e-4
+            if exact and storage != "float32":
+                assert torch.equal(rows_of(arrays.exact[j], torch.empty(0), slice(0, size)), full)
+            else:
+                assert arrays.exact[j].numel() == 0
+            assert torch.count_nonzero(rows_of(groups, scales, slice(0, groups.shape[0] * GROUP))[size:]) == 0
+            if own_bias is None:
+                assert arrays.biases[j].numel() == 0
+            else:
+                assert torch.equal(arrays.biases[j][:size], own_bias)
+                assert torch.count_nonzero(arrays.biases[j][size:]) == 0
+            if arrays.ids[j].numel() > 0:
+                assert blocks == "kd"
+                assert (arrays.ids[j][size:] == -1).all()
+                for leaf in arrays.ids[j][:size].split(LEAF):
+                    assert (leaf.diff() > 0).all()
+            if full.shape[1] < arrays.width:
+                assert torch.equal(arrays.projections[j], next(projections))
+        head = case.partition.sizes[0]
+        assert torch.equal(arrays.parents, weights.weights[0][head:])
+        assert torch.equal(arrays.parent_bias, weights.head_bias[head:] if bias else torch.empty(0))
+        assert all(t.is_contiguous() and t.data_ptr() % 16 == 0 for _, t in arrays.named())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_bounds_hold(case, storage, exact, bias):
+    """Against the definition, in fp64; none is looser than rounding asks for."""
+    weights = make_softmax(case.partition, bias=bias, logit_std=3.0)
+    arrays = pack(weights, storage, exact, "kd")
+
+    def tight(bound, value):
+        assert value <= bound <= value * (1 + 3e-6) + 1e-300
+
+    for j, full, stored, counting, own_bias in levels(arrays, weights, exact or storage == "float32"):
+        error, norm, radius, above, largest = arrays.bounds[j]
+        tight(error, (full - stored).norm(dim=1).max() if exact else 0.0)
+        tight(norm, torch.maximum(full.norm(dim=1), stored.norm(dim=1)).max())
+        tight(radius, (counting - counting.mean(0)).norm(dim=1).max())
+        if own_bias is None:
+            assert above == largest == 0
+        else:
+            tight(above, own_bias.max() - own_bias.double().mean())
+            tight(largest, own_bias.abs().max())
+        if j == 0:
+            assert arrays.leaves[0].numel() == arrays.leaf_stats[0].numel() == 0
+            continue
+        leaves = arrays.leaves[j].movedim(3, 1).flatten(0, 1)  # (leaves and pads, 3, r)
+        stats = arrays.leaf_stats[j].movedim(2, 1).flatten(0, 1)
+        parts = counting.split(LEAF)
+        assert torch.count_nonzero(leaves[len(parts) :]) == 0
+        assert (stats[len(parts) :, 1] == -1e30).all()
+        assert torch.count_nonzero(stats[len(parts) :, [0, 2, 3]]) == 0
+        for place, own in enumerate(parts):
+            mean, centre, half = leaves[place].double()
+            torch.testing.assert_close(mean, own.mean(0), rtol=1e-6, atol=1e-7)
+            assert ((own - centre).abs() <= half).all()
+            assert (half <= (own.amax(0) - own.amin(0)) / 2 * (1 + 1e-6) + 1e-6 * own.abs().max()).all()
+            tight(stats[place, 0].double(), (own - mean).norm(dim=1).max())
+            assert stats[place, 1] == torch.tensor(float(len(own))).log2()
+            if own_bias is not None:
+                held = own_bias[place * LEAF : (place + 1) * LEAF]
+                assert stats[place, 2] == held.max()
+                torch.testing.assert_close(stats[place, 3], held.mean())
+            else:
+                assert torch.count_nonzero(stats[place, 2:]) == 0
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_half_widths_hold_in_exact_arithmetic(storage):
+    """Where fp32 and fp64 round: magnitudes far apart in one box, neighbours of one ulp, numbers without a normal form."""
+    partition = Partition(132, [4], [3, 3], 3)
+    weights = make_softmax(partition, bias=False)
+    table = weights.weights[1]
+    table[:, 0] *= 10.0 ** torch.randint(-30, 1, (128,)).float()
+    table[:, 1] = 1.0 + torch.randint(0, 2, (128,)) * 2.0**-23
+    table[:, 2] = torch.randint(-9, 9, (128,)) * 1e-45
+    for exact in (True, False):
+        arrays = pack(weights, storage, exact, "kd")
+        counting = list(levels(arrays, weights, exact or storage == "float32"))[1][3]
+        for place, own in enumerate(counting.split(LEAF)):
+            _, centre, half = arrays.leaves[1][0, :, :, place]
+            for column in range(3):
+                c, h = Fraction(float(centre[column])), Fraction(float(half[column]))
+                assert all(abs(Fraction(float(w)) - c) <= h for w in own[:, column])
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 128, 257, 1_000, 4_096, 5_003])
+def test_kd_order_is_a_permutation(count, monkeypatch):
+    points = torch.randn(count, 5)
+    order = kd_order(points, None)
+    assert torch.equal(order.sort().values, torch.arange(count))
+    monkeypatch.setattr(index_packing, "MAX_NUMBERS", 1)
+    assert torch.equal(kd_order(points, None), order)
+
+
+def test_kd_blocks_hold_neighbours():
+    """Items of eight far-apart clouds of 64, shuffled: each leaf is one cloud. Columns count as much as queries vary there."""
+    clouds = torch.tensor([[x, y, z] for x in (0.0, 9.0) for y in (0.0, 9.0) for z in (0.0, 9.0)])
+    points = (clouds[:, None] + torch.rand(8, LEAF, 3)).reshape(-1, 3)[torch.randperm(8 * LEAF)]
+    for leaf in points[kd_order(points, None)].split(LEAF):
+        assert (leaf.amax(0) - leaf.amin(0)).max() < 1
+    projection = torch.diag(torch.tensor([1.0, 1.0, 100.0]))
+    halves = points[kd_order(points, projection)].split(4 * LEAF)
+    assert halves[0][:, 2].max() < halves[1][:, 2].min()
+
+
+def test_bounds_of_many_rows_are_taken_in_chunks(monkeypatch):
+    weights = make_softmax(PARTITION)
+    whole = pack(weights, "int8", True, "kd")
+    monkeypatch.setattr(index_packing, "MAX_NUMBERS", 1_000)
+    for (name, part), (_, expected) in zip(pack(weights, "int8", True, "kd").named(), whole.named(), strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-12 if name == "bounds" else 0, atol=0)
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 3e-44, 1e-38])
+def test_tiny_int8_groups_do_not_divide_by_zero(largest):
+    weights = make_softmax(PARTITION, bias=False)
+    weights.weights[2].copy_(torch.randn_like(weights.weights[2]).clamp(-1, 1) * largest)
+    arrays = pack(weights, "int8", True, "kd")
+    assert rows_of(arrays.groups[2], arrays.scales[2], slice(0, 2_317)).isfinite().all()
+    assert arrays.bounds[2, 0] <= 3 * largest  # each of four columns at most 1.4 largest, rounded to fp32
