@@ -1,7 +1,8 @@
 """Named cases: catalogue size, width and batch, and the inputs that follow from the name alone.
 
 ``1m-d128-t512`` is a catalogue of 10^6 items, width 128 and 512 tokens (``b512``: rows, for searches). Cutoffs are K/50
-and K/5, ranks d, d/4 and d/16, as a recommender with a long tail would choose them. ``tiny`` is K = 1,000.
+and K/5, ranks d, d/4 and d/16, as a recommender with a long tail would choose them. ``tiny`` is K = 1,000. A name without
+a width means width 128: ``1m-b1`` is ``1m-d128-b1``, and that is what its results are called.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cprec_kernels import Partition
 TARGETS = ("zipf", "uniform")
 SIZES = {"tiny": 1_000, "100k": 100_000, "1m": 1_000_000, "10m": 10_000_000}
 WIDTHS = (64, 128, 256)
+DEFAULT_WIDTH = 128
 # The gate compares against fp64 on a case of the same shape, this much smaller, within these bounds.
 GATE_SHRINK, GATE_MIN_ITEMS, GATE_MAX_ITEMS, GATE_MAX_TOKENS = 50, 2_000, 20_000, 512
 
@@ -34,20 +36,21 @@ class Case:
 
     @classmethod
     def parse(cls, name: str) -> Case:
-        """The case of a name such as ``100k-d64-t512``.
+        """The case of a name such as ``100k-d64-t512``, or ``100k-t512`` for width 128.
 
         Raises:
             BenchmarkError: the name does not follow the pattern, or its numbers make no partition.
         """
-        match = re.fullmatch(r"(tiny|(\d+)([km]?))-d(\d+)-[tb](\d+)", name)
+        match = re.fullmatch(r"(tiny|(\d+)([km]?))(?:-d(\d+))?-([tb])(\d+)", name)
         if match is None:
             raise BenchmarkError(
                 f"unknown case {name!r}; a name is SIZE-dWIDTH-tTOKENS with SIZE {', '.join(SIZES)} or any such number, "
-                "e.g. 1m-d128-t512 (bROWS instead of tTOKENS for searches)"
+                f"e.g. 1m-d128-t512 (bROWS instead of tTOKENS for searches; without -dWIDTH it is {DEFAULT_WIDTH}: 1m-b1)"
             )
-        size, digits, unit, width, tokens = match.groups()
+        size, digits, unit, width, letter, tokens = match.groups(str(DEFAULT_WIDTH))
         num_items = SIZES["tiny"] if size == "tiny" else int(digits) * {"": 1, "k": 1_000, "m": 1_000_000}[unit]
-        case = cls(name, num_items, int(width), int(tokens))
+        # One name per shape: results of 1m-b1 and 1m-d128-b1 belong to the same setting.
+        case = cls(f"{size}-d{width}-{letter}{tokens}", num_items, int(width), int(tokens))
         if num_items < 100 or case.width < 16 or case.tokens < 1:
             raise BenchmarkError(f"case {name!r} needs at least 100 items, width 16 and one token")
         return case

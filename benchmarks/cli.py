@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks run | list | table | report | quick``."""
+"""The command line: ``python -m benchmarks run | trained | list | table | report | quick``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ app = typer.Typer(
     name="benchmarks",
     help="Measure the kernels against the reference and against what people use instead.\n\n"
     "A first look: [bold]python -m benchmarks quick[/]. One setting: [bold]python -m benchmarks run --op "
-    "clustered_softmax --case 1m-d128-t512[/]. What there is: [bold]python -m benchmarks list[/].\n\n"
+    "clustered_softmax --case 1m-d128-t512[/]. What there is: [bold]python -m benchmarks list[/]. A model of your own: "
+    "[bold]python -m benchmarks trained --run RUN[/].\n\n"
     "Providers whose package is missing, or that need more memory than is free, are listed as skipped. A provider with "
     "wrong outputs gets no time.",
     no_args_is_help=True,
@@ -51,6 +52,16 @@ def _choices(text: str, option: str, known: Sequence[str]) -> list[str]:
         if word not in known:
             raise unknown(option, word, known)
     return words or [known[0]]
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    words = _words([text])
+    for word in words:
+        if not word.isdecimal() or int(word) < 1:
+            raise BenchmarkError(f"{option} {word} is not a whole number of at least 1")
+    if not words:
+        raise BenchmarkError(f"{option} is empty: give at least one number")
+    return [int(word) for word in words]
 
 
 def _threads(text: str) -> list[int]:
@@ -118,7 +129,10 @@ def run_command(
     op: Annotated[str, typer.Option(help=f"One of {', '.join(OPS)}.")],
     case: Annotated[
         list[str] | None,
-        typer.Option(help="SIZE-dWIDTH-tTOKENS, e.g. 1m-d128-t512; repeat it or use commas. Default: the op's first."),
+        typer.Option(
+            help="SIZE-dWIDTH-tTOKENS, e.g. 1m-d128-t512; for searches SIZE-dWIDTH-bROWS. Without -dWIDTH the width is "
+            "128: 1m-b1, 1m-b32, 100k-b256, 1m-t512. Repeat it or use commas. Default: the op's first."
+        ),
     ] = None,
     providers: Annotated[str, typer.Option(help="Comma-separated; default: all. `list` names them.")] = "",
     device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
@@ -153,13 +167,45 @@ def run_command(
     _measure(jobs, Options(min_rounds, budget_s, memory), json_file, plot_file)
 
 
+@app.command("trained")
+def trained_command(
+    run_folder: Annotated[Path, typer.Option("--run", help="A run folder of `cprec train`.")],
+    rows: Annotated[str, typer.Option(help="Histories at a time, e.g. 32,256.")] = "1,32,256",
+    k: Annotated[int, typer.Option(help="Items per history.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Batches per number of rows, each searched in every way.")] = 50,
+    threads: Annotated[str, typer.Option(help="Numbers of threads, e.g. 1,2.")] = "1",
+    data: Annotated[Path | None, typer.Option(help="The run's prepared data, if it has moved.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Search a trained model's packed index over its test histories, early termination on and off, interleaved.
+
+    Ids must be the same on and off, and the best ones: exits with 1 when they are not. Remarks count the levels, 64-item
+    leaves and items that a row met, and how many ids of an approximate index agree with the exact ones.
+
+    Example: [bold]cprec train data -o run[/], then [bold]python -m benchmarks trained --run run --rows 1,256[/]
+    """
+    from benchmarks.trained import run_trained
+
+    _check_writable(json_file)
+    row_counts = _whole_numbers(rows, "--rows")
+    finished = Run([], [])
+    for count in _threads(threads):
+        found = run_trained(run_folder, row_counts, k, rounds, count, data, lambda doing: typer.echo(doing, err=True))
+        finished.rows += found.rows
+        if json_file is not None:
+            write_run(json_file, finished)
+    _print_rows(finished)
+    if any(row.correct is False for row in finished.rows):
+        raise typer.Exit(1)
+
+
 @app.command("list")
 def list_command() -> None:
     """Ops with their modes, cases and providers, and what cannot run here."""
     for name in OPS:
         op = get_op(name)
         typer.echo(f"{op.name}: {op.about}; modes {', '.join(op.modes)}; baseline {op.baseline}")
-        typer.echo(f"  cases      {', '.join(op.cases)}, or any such name (tiny-d32-t64)")
+        typer.echo(f"  cases      {', '.join(op.cases)}, or any such name (tiny-d32-t64; 1m-b1 is 1m-d128-b1)")
         typer.echo("  providers")
         for provider in op.providers:
             setting = Setting(op.name, cases.Case.parse("tiny-d32-t64"), op.modes[0])

@@ -12,12 +12,15 @@ from benchmarks.table import main_baseline, number
 
 BAR_INCHES = 0.23
 HEADER_BARS = 1.9  # a setting's name, above its bars
-OURS = {"cprec-avx512": "#08519c", "cprec-avx2": "#4292c6", "cprec-scalar": "#9ecae1", "reference": "#969696"}
+OURS = {
+    "cprec-avx512": "#08519c", "cprec-avx2": "#4292c6", "cprec-scalar": "#9ecae1", "cprec-index": "#6a51a3",
+    "cprec-": "#08519c", "reference": "#969696",
+}  # fmt: skip
 PEER, BASELINE = "#fdae6b", "#d94801"
 
 
 def colour_of(row: Row) -> str:
-    """Blues are ours, by instruction set; grey the reference, dark orange the baseline, orange its peers."""
+    """Blues are ours, by instruction set, purple our index; grey the reference, dark orange the baseline, orange its peers."""
     for name, colour in OURS.items():
         if row.provider.startswith(name):
             return colour
@@ -88,7 +91,8 @@ def plot(rows: Sequence[Row], path: Path, title: str = "") -> None:
     right.barh(places, fractions, height=0.85, color=colours)
     right.set_xlim(0, max(1.0, 1.15 * max(fractions)))
     for place, fraction in zip(places, fractions, strict=True):
-        right.text(fraction + 0.012, place, f"{100 * fraction:.0f}%", va="center", fontsize=8)
+        if fraction:
+            right.text(fraction + 0.012, place, f"{100 * fraction:.0f}%", va="center", fontsize=8)
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
     right.set_xlabel("fraction of the machine's roofline")
     for axes in (left, right):

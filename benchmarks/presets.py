@@ -13,4 +13,5 @@ QUICK: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("block_embedding", "1m-d128-t25600", ()),
     ("train_step", "1m-d128-t512", ("cprec-avx512", "cprec-avx2", "torch-fused-adam", "torch-adam")),
     ("clustered_topk", "100k-d128-b32", ()),
+    ("clustered_rank", "100k-d128-b256", ()),
 )

@@ -16,9 +16,11 @@ from benchmarks.cases import Case
 from benchmarks.errors import BenchmarkError, unknown
 from cprec_kernels import available_cpu_isas, backend_of, cpu_isa, set_cpu_isa, use_backend
 
-OPS = ("clustered_softmax", "block_embedding", "train_step", "clustered_topk")
+OPS = ("clustered_softmax", "block_embedding", "train_step", "clustered_topk", "clustered_rank")
 DTYPES = ("float32", "bfloat16")
 Results = dict[str, Tensor]
+# (outputs, base, truth, dtype, slack) -> raises AssertionError unless the outputs are right.
+Compare = Callable[[Results, Results, Results, torch.dtype, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Provider:
         baseline: compared with this provider rather than with the op's baseline.
         dtype: computes in this dtype whatever the setting says; "" for the setting's.
         narrow_only: left out of float32 settings unless named, because another provider is the same there.
+        compare: judges its outputs in place of the op's; for what promises less, or something else beside.
     """
 
     name: str
@@ -115,6 +118,7 @@ class Provider:
     baseline: str = ""
     dtype: str = ""
     narrow_only: bool = False
+    compare: Compare | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -129,7 +133,7 @@ class Op:
     Attributes:
         problem: setting -> inputs and shared parameters; building them is cheap until a provider asks.
         truth: (problem, formula, dtype) -> the formula's outputs by plain torch in "float64", or in a dtype of DTYPES.
-        compare: (outputs, base, truth, dtype, slack) -> raises AssertionError; None for the tolerance rule.
+        compare: judges a provider's outputs; None for the tolerance rule.
         baseline: provider that ratios refer to.
         referee: problem -> (formula, its outputs in fp64 for the first few rows, at full size), asked when providers
             disagree there.
@@ -143,7 +147,7 @@ class Op:
     providers: tuple[Provider, ...]
     problem: Callable[[Setting], Any]
     truth: Callable[[Any, str, str], Results]
-    compare: Callable[[Results, Results, Results, torch.dtype, float], None] | None = None
+    compare: Compare | None = None
     referee: Callable[[Any], tuple[str, Results]] | None = None
 
     def provider(self, name: str) -> Provider:
@@ -214,10 +218,16 @@ def missing_isa(name: str, *ops: str) -> Callable[[Setting], str]:
     def missing(_setting: Setting) -> str:
         if name not in available_cpu_isas():
             return f"there are no {name} kernels on this machine"
-        without = [op for op in ops if backend_of(op, torch.empty(0)) == "reference"]
-        return f"{', '.join(without)} has no native kernel: see the row of reference" if without else ""
+        reason = missing_kernels(*ops)
+        return f"{reason}: see the row of reference" if reason else ""
 
     return missing
+
+
+def missing_kernels(*ops: str) -> str:
+    """Reason why a row would show the reference and not our kernels."""
+    without = [op for op in ops if backend_of(op, torch.empty(0)) == "reference"]
+    return f"{', '.join(without)} has no native kernel" if without else ""
 
 
 def missing_package(module: str, package: str) -> Callable[[Setting], str]:

@@ -27,6 +27,7 @@ class Row:
         peak_mb: 10^6 bytes beyond inputs and weights, at the worst moment of a call. gradients_mb: of these, the
             gradients that the call returns; extra_mb the rest.
         flops, exps, bytes: of one call, by the op's model. roofline_fraction: least time by the model over the median.
+        figures: further numbers that belong to the row, by name.
         versions: of the packages that were timed. commit: of this repository. date: UTC day.
     """
 
@@ -59,6 +60,7 @@ class Row:
     correct: bool | None = None
     error: str = ""
     note: str = ""
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def setting_key(self) -> tuple[Any, ...]:
         """Rows of one setting may be compared with one another."""

@@ -78,7 +78,7 @@ class Gate:
         """Run a provider on the scaled-down case and compare all of its outputs."""
         dtype = dtype_of(provider, self.setting)
         exact, base = self._truth(provider.formula, "float64"), self._truth(provider.formula, dtype)
-        compare = self.op.compare or compare_results
+        compare = provider.compare or self.op.compare or compare_results
         try:
             prepared = provider.prepare(self.problem)
             with provider.scope():

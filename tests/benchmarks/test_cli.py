@@ -162,10 +162,21 @@ def test_wrong_usage_is_one_line_and_exit_2(capfd, arguments, message):
 
 def test_help_and_list_teach(capfd):
     out, _ = call(capfd, "--help")
-    for command in ("run", "list", "table", "report", "quick"):
+    for command in ("run", "trained", "list", "table", "report", "quick"):
         assert command in out
+    out, _ = call(capfd, "run", "--help")
+    assert "1m-b1" in out
     out, _ = call(capfd, "list")
-    for words in ("clustered_topk", "torch-adaptive-input-sparse", "10m-d256-t4096", "baseline torch-fused-adam"):
+    for words in (
+        "clustered_rank",
+        "pqtopk",
+        "cprec-index-float16-full",
+        "1m-b1 is 1m-d128-b1",
+        "clustered_topk",
+        "torch-adaptive-input-sparse",
+        "10m-d256-t4096",
+        "baseline torch-fused-adam",
+    ):
         assert words in out
 
 

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(not available_cpu_isas(), reason="this package w
 
 FAST = Options(min_rounds=2, budget_s=0.0, peak=False, quick_roofs=True)
 HERE = Provenance("a processor", {"torch": "2"}, "abc", "2000-01-01")
-TINY = {name: Case.parse("tiny-d32-b8" if name == "clustered_topk" else "tiny-d32-t64") for name in OPS}
+SEARCHES = ("clustered_topk", "clustered_rank")
+TINY = {name: Case.parse("tiny-d32-b8" if name in SEARCHES else "tiny-d32-t64") for name in OPS}
 FAKE_ROOF = Roof("avx2", 1, 100.0, 200.0, 10.0, ((1 << 20, 50.0), (1 << 24, 20.0)))
 
 
@@ -255,7 +256,20 @@ def test_cases_are_what_their_names_say():
     assert Case.parse("10m-d64-b1").tokens == 1
     assert Case.parse("1m-d128-t512").scaled_down().num_items == 20_000
     assert Case.parse("tiny-d32-t64").scaled_down().num_items == 1_000
-    for wrong in ("1m", "1m-d128", "1g-d128-t512", "1m-d8-t5", "50-d64-t5", "1m-d128-t0"):
+    # Without a width it is 128, and results are called by the whole name: one setting, whichever was typed.
+    assert Case.parse("1m-b1") == Case.parse("1m-d128-b1")
+    assert (Case.parse("100k-b32").name, Case.parse("tiny-t64").name) == ("100k-d128-b32", "tiny-d128-t64")
+    for wrong in (
+        "1m",
+        "1m-d128",
+        "1m-d-b1",
+        "1m-128-b1",
+        "1m-b",
+        "1g-d128-t512",
+        "1m-d8-t5",
+        "50-d64-t5",
+        "1m-d128-t0",
+    ):
         with pytest.raises(BenchmarkError, match="case"):
             Case.parse(wrong)
 
