@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..ops.clustered_topk import Exclude
-from ..ops.topk_index import IndexArrays, topk_index
+from ..ops.topk_index import CheckedIndex, IndexArrays
 from ..partition import Partition
 from .block_embedding import describe
 from .index_file import bytes_of, read_index, write_index
@@ -84,6 +84,7 @@ class TopKIndex:
     ) -> None:
         """For :meth:`build` and :meth:`load`, which check what they pass."""
         self._arrays = arrays
+        self._search = CheckedIndex(arrays)
         self._partition = partition
         self._storage = storage
         self._exact = exact
@@ -127,7 +128,7 @@ class TopKIndex:
         if module.partition.num_items > MAX_ITEMS:
             raise ValueError(f"an index holds at most {MAX_ITEMS} items, the module has {module.partition.num_items}")
         with torch.no_grad():
-            arrays = pack(module.packed_weights(), storage, exact, blocks)
+            arrays = pack(module.packed_weights(), storage, exact, blocks).in_large_pages()
         return cls(
             arrays,
             module.partition,
@@ -173,9 +174,7 @@ class TopKIndex:
                 "(module.build_index(...)), or search with module.topk(..., storage=...), which rebuilds by itself"
             )
         return TopKResult(
-            *topk_index(
-                input, k, self._arrays, exclude=exclude, candidates=candidates, early_termination=early_termination
-            )
+            *self._search(input, k, exclude=exclude, candidates=candidates, early_termination=early_termination)
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -97,8 +97,8 @@ def _check_topk_values(input: Tensor, k: int, *args: Any) -> None:
 def _check_finite(input: Tensor) -> None:
     if input.device.type != "cpu" or input.numel() == 0:
         return
-    bad = ~input.isfinite().all(1)
-    if bad.any():
+    if not input.isfinite().all():
+        bad = ~input.isfinite().all(1)
         raise ValueError(f"input row {int(bad.nonzero()[0])} holds NaN or inf: scores cannot be ordered")
 
 

@@ -25,6 +25,7 @@ TOPK_INDEX = define(
 GROUP, LEAF = ref.GROUP, ref.LEAF
 NUM_BOUNDS = 5
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+IN_LARGE_PAGES = _backend.native("in_large_pages", "cpu", STORED_DTYPES)
 
 
 class IndexArrays(NamedTuple):
@@ -89,6 +90,12 @@ class IndexArrays(NamedTuple):
             for name, entries in zip(self._fields[1:9], self[1:9], strict=True):
                 yield f"{name}.{j}", entries[j]
         yield from zip(self._fields[9:], self[9:], strict=True)
+
+    def in_large_pages(self) -> IndexArrays:
+        """The same, the packed items copied to large pages where module and system have them: fewer address misses."""
+        if IN_LARGE_PAGES.available():
+            return self
+        return self._replace(groups=[IN_LARGE_PAGES.call(group) for group in self.groups])
 
     def args(self) -> tuple[list[int] | list[Tensor] | Tensor, ...]:
         """As the op takes them."""
@@ -178,9 +185,15 @@ def check_arrays(arrays: IndexArrays) -> None:
         _expect(arrays.parent_bias, (levels - 1,), torch.float32, "parent_bias")
 
 
-def _check(input: Tensor, k: int, *args: Any) -> None:
-    *packed, exclude, exclude_offsets, candidates, _early_termination = args
-    arrays = IndexArrays(*packed)
+def _check_query(
+    input: Tensor,
+    k: int,
+    arrays: IndexArrays,
+    exclude: Tensor | None,
+    exclude_offsets: Tensor | None,
+    candidates: Tensor | None,
+) -> None:
+    """Check what is asked of arrays that fit together."""
     torch._check_type(
         input.dtype in NATIVE_DTYPES,
         lambda: f"input must be float32, float16 or bfloat16, got {input.dtype}; convert it with input.float()",
@@ -189,13 +202,19 @@ def _check(input: Tensor, k: int, *args: Any) -> None:
         input.device == arrays.bounds.device,
         lambda: f"input is on {input.device}, the index on {arrays.bounds.device}; move the input",
     )
-    check_arrays(arrays)
     width = arrays.width
     torch._check_value(
         input.dim() == 2 and input.shape[1] == width,
         lambda: f"input must be (..., {width}), as wide as the index, got {tuple(input.shape)}",
     )
     check_choice(input, k, arrays.num_items, exclude, exclude_offsets, candidates)
+
+
+def _check(input: Tensor, k: int, *args: Any) -> None:
+    *packed, exclude, exclude_offsets, candidates, _early_termination = args
+    arrays = IndexArrays(*packed)
+    check_arrays(arrays)
+    _check_query(input, k, arrays, exclude, exclude_offsets, candidates)
 
 
 def _check_values(input: Tensor, k: int, *args: Any) -> None:
@@ -263,8 +282,48 @@ def topk_index(
     """
     rows, excluded, offsets = choice_of_rows(input, k, exclude)
     with torch.no_grad():
-        scores, items, counters = torch.ops.cprec.topk_index(
-            rows, k, *arrays.args(), excluded, offsets, candidates, early_termination
-        )
-    leading = input.shape[:-1]
-    return scores.reshape(*leading, k), items.reshape(*leading, k), counters.reshape(*leading, 3)
+        found = torch.ops.cprec.topk_index(rows, k, *arrays.args(), excluded, offsets, candidates, early_termination)
+    return _with_leading(found, input)
+
+
+class CheckedIndex:
+    """:func:`topk_index` on arrays that are checked once: to check forty of them again takes longer than a search.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_arrays`.
+    """
+
+    def __init__(self, arrays: IndexArrays) -> None:
+        check_arrays(arrays)
+        self.arrays = arrays
+        self._args = arrays.args()
+
+    def __call__(
+        self,
+        input: Tensor,
+        k: int,
+        *,
+        exclude: Exclude | None = None,
+        candidates: Tensor | None = None,
+        early_termination: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :func:`topk_index`."""
+        plain = type(input) is Tensor and input.device.type == "cpu"
+        if torch.compiler.is_compiling() or not plain:
+            return topk_index(
+                input, k, self.arrays, exclude=exclude, candidates=candidates, early_termination=early_termination
+            )
+        rows, excluded, offsets = choice_of_rows(input, k, exclude)
+        _check_query(rows, k, self.arrays, excluded, offsets, candidates)
+        check_choice_values(rows, self.arrays.num_items, excluded, offsets, candidates)
+        with torch.no_grad():
+            search = _backend.dispatch(TOPK_INDEX, rows)
+            found = search(rows, k, *self._args, excluded, offsets, candidates, early_termination)
+        return _with_leading(found, input)
+
+
+def _with_leading(found: tuple[Tensor, ...], input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scores, items, counters = found
+    if input.dim() == 2:
+        return scores, items, counters
+    return tuple(part.reshape(*input.shape[:-1], part.shape[-1]) for part in found)  # type: ignore[return-value]
