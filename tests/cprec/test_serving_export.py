@@ -86,6 +86,8 @@ def test_topk_takes_item_numbers(exported):
     assert torch.equal(items, wanted_items)
     assert torch.equal(scores, wanted_scores)
     assert not scores.requires_grad
+    for storage in ("float32", "float16", "int8"):
+        assert torch.equal(model.topk(histories, 3, exclude=histories, storage=storage)[1], items)
 
 
 SERVE = """

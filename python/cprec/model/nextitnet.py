@@ -206,6 +206,7 @@ class NextItNet(nn.Module):
         k: int,
         exclude: Tensor | tuple[Tensor, Tensor] | None = None,
         candidates: Tensor | None = None,
+        storage: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The k most probable next items, exact, without gradients. Call :meth:`eval` first if there is dropout.
 
@@ -215,6 +216,8 @@ class NextItNet(nn.Module):
             exclude: items never to return: padded (B, m) int64, where negative entries and the padding id are skipped,
                 so that ``histories`` itself may be given; or ``(offsets, items)`` in CSR form.
             candidates: (c,) int64, the only items to choose from.
+            storage: None searches the parameters as they are; "float32", "float16", "bfloat16" or "int8" an index in
+                that format, for serving on the CPU: see :class:`cprec_kernels.nn.TopKIndex`.
 
         Returns:
             scores (B, k) log-probabilities, descending, and items (B, k) int64; -inf and -1 where items ran out.
@@ -222,7 +225,7 @@ class NextItNet(nn.Module):
         if isinstance(exclude, Tensor):
             _check_ids("exclude", exclude, 2)
             exclude = exclude.masked_fill(exclude == self.padding_id, -1)
-        return self.softmax.topk(self._last(histories), k, exclude=exclude, candidates=candidates)
+        return self.softmax.topk(self._last(histories), k, exclude=exclude, candidates=candidates, storage=storage)
 
     def rank(self, histories: Tensor, target: Tensor) -> Tensor:
         """0-based place (B,) of the target (B,) among all items, for histories (B, L); without gradients."""
