@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -20,21 +21,40 @@ inline float score_of(float logit, double offset) {
   return static_cast<float>((static_cast<double>(logit) + offset) * kLn2);
 }
 
-// The least float whose score is at least `score` (above it, if strict); infinite when there is none. A bisection over
-// the floats in order, since many logits may share a score.
+// The least float whose score is at least `score` (above it, if strict); infinite when there is none. Many logits may
+// share a score: a search over the floats in order, outward from where the answer should be.
 inline float least_logit(float score, double offset, bool strict) {
+  constexpr int64_t kInfinity = 0x7f800000;
   const auto float_at = [](int64_t place) {
     const uint32_t bits = place >= 0 ? static_cast<uint32_t>(place) : 0x80000000u | static_cast<uint32_t>(-place - 1);
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
   };
-  constexpr int64_t kInfinity = 0x7f800000;
+  const auto reaches = [&](int64_t place) {
+    const float reached = score_of(float_at(place), offset);
+    return strict ? reached > score : reached >= score;
+  };
+  const auto guess = static_cast<float>(score / kLn2 - offset);
+  uint32_t bits;
+  std::memcpy(&bits, &guess, sizeof bits);
   int64_t low = -kInfinity - 1, high = kInfinity;  // the answer is above low, at or below high
+  if (std::abs(guess) < std::numeric_limits<float>::infinity()) {
+    const int64_t start =
+        (bits >> 31) == 0 ? static_cast<int64_t>(bits) : -static_cast<int64_t>(bits & 0x7fffffffu) - 1;
+    const bool down = reaches(start);
+    (down ? high : low) = start;
+    for (int64_t step = 1;; step *= 4) {
+      const int64_t place = down ? start - step : start + step;
+      if (place <= -kInfinity - 1 || place >= kInfinity) break;
+      const bool there = reaches(place);
+      (there ? high : low) = place;
+      if (there != down) break;
+    }
+  }
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
-    const float reached = score_of(float_at(middle), offset);
-    (strict ? reached > score : reached >= score) ? high = middle : low = middle;
+    (reaches(middle) ? high : low) = middle;
   }
   return float_at(high);
 }
