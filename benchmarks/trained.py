@@ -3,7 +3,8 @@ change.
 
 How much of a catalogue a search can leave out depends on the weights and on the rows; random ones say little about it. Rows
 here are those of other runs (mode "trained", targets "histories", baseline the search on the weights as they are), so
-``table`` and ``report`` read them. All searches get the same batch in a round and a new batch in the next.
+``table`` and ``report`` read them. All searches get the same batch in a round and a new batch in the next. Those of one
+index, and the baseline, are interleaved by themselves: caches then hold what a server's hold, one index and not eight.
 """
 
 from __future__ import annotations
@@ -194,6 +195,19 @@ def time_searches(searches: Sequence[Search], hidden: Tensor, rows: int, rounds:
     return found
 
 
+def time_by_index(searches: Sequence[Search], hidden: Tensor, rows: int, rounds: int) -> dict[str, Findings]:
+    """:func:`time_searches` for the baseline and one index after the other; the baseline's times are those of all turns."""
+    baseline = searches[0]
+    found: dict[str, Findings] = {}
+    times: list[float] = []
+    for index in dict.fromkeys(id(search.index) for search in searches[1:]):
+        own = [search for search in searches[1:] if id(search.index) == index]
+        found |= time_searches([baseline, *own], hidden, rows, rounds)
+        times += found[baseline.name].times_ms
+    found[baseline.name].times_ms = times
+    return found
+
+
 # Rows
 
 
@@ -284,6 +298,6 @@ def run_trained(
         rows: list[Row] = []
         for row_count in row_counts:
             on_step(f"searching with {row_count} rows at a time")
-            found = time_searches(searches, model.hidden, row_count, rounds)
+            found = time_by_index(searches, model.hidden, row_count, rounds)
             rows += make_rows(model, searches, found, row_count, threads)
     return Run([], rows)

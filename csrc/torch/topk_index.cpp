@@ -11,6 +11,9 @@ namespace {
 // Block maxima held at a time, and rows searched at a time.
 constexpr int64_t kMaxMaxima = int64_t{1} << 24;
 constexpr int64_t kMaxRows = 1024;
+// Weights that a core's own cache holds, about, and rows that fill a few tiles: then threads take rows, else items.
+constexpr int64_t kCachedNumbers = int64_t{1} << 20;
+constexpr int64_t kRowsPerThread = 16;
 
 Candidates find_candidates(const std::vector<Level>& levels, const Tensor& listed, int64_t num_items) {
   TORCH_CHECK_TYPE(listed.scalar_type() == at::kLong, "candidates must be int64");
@@ -74,14 +77,24 @@ std::tuple<Tensor, Tensor, Tensor> topk_index_cpu(const Tensor& input, int64_t k
   const Tensor hidden = input.to(at::kFloat).contiguous();
   int64_t blocks = 0;
   for (const Level& level : levels) blocks += level.blocks();
-  const int64_t chunk = std::clamp<int64_t>(kMaxMaxima / blocks, 1, kMaxRows);
-  for (int64_t first = 0; first < input.size(0); first += chunk) {
-    const int64_t rows = std::min(chunk, input.size(0) - first);
-    ChunkSearch search(levels, parent_labels, options, hidden.const_data_ptr<float>() + first * input.size(1),
-                       input.size(1), first, rows);
-    search.run();
-    search.write(scores.mutable_data_ptr<float>() + first * k, items.mutable_data_ptr<int64_t>() + first * k,
-                 counters.mutable_data_ptr<int64_t>() + first * 3);
+  const int64_t most = std::clamp<int64_t>(kMaxMaxima / blocks, 1, kMaxRows);
+  const auto search_rows = [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += most) {
+      ChunkSearch search(levels, parent_labels, options, hidden.const_data_ptr<float>() + first * input.size(1),
+                         input.size(1), first, std::min(most, end - first));
+      search.run();
+      search.write(scores.mutable_data_ptr<float>() + first * k, items.mutable_data_ptr<int64_t>() + first * k,
+                   counters.mutable_data_ptr<int64_t>() + first * 3);
+    }
+  };
+  int64_t numbers = 0;
+  for (const Level& level : levels) numbers += level.items() * level.stored.rank;
+  const int64_t threads = at::get_num_threads(), rows = input.size(0);
+  if (numbers <= kCachedNumbers && rows >= kRowsPerThread * threads) {
+    // Threads that share nothing but weights in their cache need not meet after every step.
+    at::parallel_for(0, rows, (rows + threads - 1) / threads, search_rows);
+  } else {
+    search_rows(0, rows);
   }
   return {scores, items, counters};
 }
