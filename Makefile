@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo
 BENCH ?= bench
 PYTEST_ARGS ?= -n 2
+# The GPU kernels run in Triton's interpreter, in a process of their own.
+TRITON_ARGS ?= -n 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,6 +52,7 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TRITON_ARGS) tests/triton
 
 bench: setup
 	$(BIN)/python -m benchmarks quick --out $(BENCH)

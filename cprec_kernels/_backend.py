@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -86,6 +88,33 @@ def native(name: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> Impl
         return getattr(torch.ops.cprec_native, name)(*args)
 
     return Implementation("native", call, (device_type,), dtypes, lambda: _native_symbol(f"{name}/{device_type}"))
+
+
+@functools.cache
+def _triton_missing() -> str:
+    """ "" when Triton kernels can run on this machine's CUDA devices, else why not. Imports nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "the Triton kernels need compute capability 8.0 or newer"
+    return ""
+
+
+def triton(stem: str, name: str, dtypes: tuple[torch.dtype, ...], otherwise: Callable[..., Any]) -> Implementation:
+    """The function ``name`` of ``_triton/<stem>.py``, imported when it first runs, for CUDA tensors.
+
+    The module's ``refusal(*args)`` says why it cannot take the shapes of a call ("" if it can); ``otherwise`` then runs,
+    unless Triton was asked for by name.
+    """
+
+    def call(*args: Any) -> Any:
+        module = importlib.import_module(f"._triton.{stem}", __package__)
+        reason = module.refusal(*args)
+        if reason and _requested == "triton":
+            raise BackendError(f"backend 'triton' was asked for and cannot run {name}: {reason}")
+        return (otherwise if reason else getattr(module, name))(*args)
+
+    return Implementation("triton", call, ("cuda",), dtypes, _triton_missing)
 
 
 def reference(call: Callable[..., Any]) -> Implementation:

@@ -50,10 +50,12 @@ def test_ci_runs_the_readmes_test_command():
     assert script.rstrip().endswith("make test")
 
 
-def test_the_gpu_ledger_has_a_row_for_every_cuda_kernel():
+def test_the_gpu_ledger_has_a_row_for_every_gpu_kernel():
     ledger = (ROOT / "docs/gpu-status.md").read_text(encoding="utf-8")
-    for source in (ROOT / "csrc/cuda").glob("*.cu"):
-        assert f"csrc/cuda/{source.name}" in ledger
+    kernels = [path for path in (ROOT / "cprec_kernels/_triton").glob("*.py") if "_kernel(" in path.read_text("utf-8")]
+    assert kernels
+    for source in [*(ROOT / "csrc/cuda").glob("*.cu"), *kernels]:
+        assert f"{source.relative_to(ROOT)}" in ledger
 
 
 def test_the_performance_page_is_the_one_its_result_files_give(tmp_path):
@@ -67,6 +69,16 @@ def test_the_performance_page_is_the_one_its_result_files_give(tmp_path):
         assert page.read_text(encoding="utf-8") == (tmp_path / "performance.md").read_text(encoding="utf-8")
         for image in (tmp_path / "images").glob("*.png"):
             assert (ROOT / "docs/images" / image.name).exists()
+
+
+def test_the_page_of_compiled_kernels_is_the_one_its_record_gives():
+    from benchmarks.aot import PAGE, RECORD, page, problems, read_record
+
+    records = read_record(RECORD)
+    assert records
+    assert PAGE.read_text(encoding="utf-8") == page(records), "python -m benchmarks.aot --record writes the page"
+    for record in records.values():
+        assert not [(row.key, found) for row in record.rows if (found := problems(row, None))], record.triton
 
 
 def test_every_dependency_earns_its_line():

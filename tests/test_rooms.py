@@ -21,7 +21,11 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
         {"__init__", "index_file", "index_packing"},
     ),
     ("cprec_kernels/optim", ".py"): ({"rowwise_adagrad", "rowwise_adamw"}, {"__init__", "_rowwise"}),
-    ("cprec_kernels/_triton", ".py"): (set(), {"__init__", "configs", "common"}),
+    ("cprec_kernels/_triton", ".py"): (
+        {"block_embedding", "clustered_softmax"},
+        {"__init__", "configs", "common", "block_embedding_backward", "block_embedding_projection"}
+        | {"clustered_softmax_backward", "clustered_softmax_plan", "clustered_softmax_weight"},
+    ),
     ("csrc/include/cprec", ".h"): (
         {"block_embedding", "clustered_softmax", "row_optimizer", "topk_index"},
         {"cpu", "dtype"},
@@ -42,6 +46,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ),
     ("csrc/cuda", ".cu"): ({"block_embedding"}, set()),
     ("tests/ops", ".py"): ({f"test_{stem}" for stem in STEMS}, set()),
+    ("tests/triton", ".py"): ({"test_block_embedding", "test_clustered_softmax"}, {"conftest", "interpreter"}),
     ("tests/optim", ".py"): ({"test_rowwise_adagrad", "test_rowwise_adamw"}, {"test_pending_decay"}),
     ("benchmarks/ops", ".py"): (
         {f"bench_{stem}" for stem in STEMS - {"row_optimizer", "topk_index"}},  # the index is in bench_clustered_topk

@@ -101,15 +101,20 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _backend.register(
     FORWARD,
     _backend.native(FORWARD, "cpu", NATIVE_DTYPES),
-    _backend.native(FORWARD, "cuda", NATIVE_DTYPES),
+    _backend.native(FORWARD, "cuda", NATIVE_DTYPES),  # where it was compiled
+    _backend.triton("block_embedding", FORWARD, NATIVE_DTYPES, _reference),
     _backend.reference(_reference),
 )
 _backend.register(
-    BACKWARD, _backend.native(BACKWARD, "cpu", NATIVE_DTYPES), _backend.reference(ref.block_embedding_backward)
+    BACKWARD,
+    _backend.native(BACKWARD, "cpu", NATIVE_DTYPES),
+    _backend.triton("block_embedding_backward", BACKWARD, NATIVE_DTYPES, ref.block_embedding_backward),
+    _backend.reference(ref.block_embedding_backward),
 )
 _backend.register(
     BACKWARD_SPARSE,
     _backend.native(BACKWARD_SPARSE, "cpu", NATIVE_DTYPES),
+    _backend.triton("block_embedding_backward", BACKWARD_SPARSE, NATIVE_DTYPES, ref.block_embedding_backward_sparse),
     _backend.reference(ref.block_embedding_backward_sparse),
 )
 
@@ -136,6 +141,7 @@ _backend.register(
     dataclasses.replace(
         _backend.native("block_embedding_backward_accumulate", "cpu", NATIVE_DTYPES), call=_native_backward_into
     ),
+    _backend.triton("block_embedding_backward", BACKWARD_INTO, NATIVE_DTYPES, _reference_backward_into),
     _backend.reference(_reference_backward_into),
 )
 # The tables, not the integer ids, decide the dtype that an implementation must serve.

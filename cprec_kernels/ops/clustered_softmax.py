@@ -166,15 +166,19 @@ def _reference_backward_into(*args: Any) -> tuple[Any, ...]:
     return d_input, *rest
 
 
-# Half precision is widened and computed in fp32. bf16 is multiplied as it is and summed in fp32.
+# Half precision is multiplied as it is (on the CPU, fp16 widened) and summed in fp32.
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_backend.register(FORWARD, _backend.native(FORWARD, "cpu", NATIVE_DTYPES), _backend.reference(_reference))
-_backend.register(BACKWARD, _backend.native(BACKWARD, "cpu", NATIVE_DTYPES), _backend.reference(_reference_backward))
-_backend.register(
-    BACKWARD_INTO,
-    _backend.native(BACKWARD_INTO, "cpu", NATIVE_DTYPES),
-    _backend.reference(_reference_backward_into),
-)
+for _op, _plain in (
+    (FORWARD, _reference),
+    (BACKWARD, _reference_backward),
+    (BACKWARD_INTO, _reference_backward_into),
+):
+    _backend.register(
+        _op,
+        _backend.native(_op, "cpu", NATIVE_DTYPES),
+        _backend.triton("clustered_softmax_backward" if "backward" in _op else FORWARD, _op, NATIVE_DTYPES, _plain),
+        _backend.reference(_plain),
+    )
 _backend.register(SCORE, _backend.native(SCORE, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_score))
 implement(FORWARD, _check, _check_values, anchor=0)
 implement(BACKWARD, _unchecked, _unchecked, anchor=2)

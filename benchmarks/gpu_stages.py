@@ -1,0 +1,272 @@
+"""What ``python -m benchmarks.gpu`` does, a stage per process: a device that faulted serves nobody until its process ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.results import write_text
+from cprec_kernels import BackendError, Partition, functional, use_backend
+from cprec_kernels.testing import (
+    assert_accurate,
+    copy_weights,
+    make_embedding,
+    make_hidden,
+    make_ids,
+    make_softmax,
+    make_targets,
+    relative_error,
+)
+
+BACKENDS = ("native", "triton", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STAGES = ("machine", "check", "bench")
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A catalogue with one batch, by name."""
+
+    name: str
+    partition: Partition
+    tokens: int
+
+
+def _size(name: str, items: int, width: int, ranks: tuple[int, ...], tokens: int) -> Size:
+    return Size(name, Partition.from_fractions(items, (0.02, 0.2), ranks, width), tokens)
+
+
+TINY = _size("tiny", 600, 32, (32, 8, 4), 90)
+CHECK = (_size("20k-d128", 20_000, 128, (128, 32, 8), 2_000), _size("30k-d200", 30_000, 200, (200, 51, 13), 1_500))
+BENCH = (
+    _size("100k-d256", 100_000, 256, (256, 64, 16), 25_600),
+    _size("1m-d128", 1_000_000, 128, (128, 32, 8), 12_800),
+)
+
+
+# Operations: outputs and gradients by name
+
+
+def embed(size: Size, dtype: torch.dtype, device: str, sparse: bool = False) -> dict[str, Tensor]:
+    narrow = [[t.to(device) for t in group] for group in make_embedding(size.partition, _drawn(dtype))]
+    leaves = [[t.to(dtype).requires_grad_() for t in group] for group in narrow]
+    ids = make_ids(size.partition, (size.tokens,)).to(device)
+    upstream = make_hidden(size.partition, (size.tokens,), _drawn(dtype)).to(device, dtype)
+    out = functional.block_embedding(ids, *leaves, padding_idx=1, sparse=sparse)
+    out.backward(upstream)
+    found = {"output": out.detach()}
+    for name, group in zip(("d_table", "d_projection"), leaves, strict=True):
+        for j, leaf in enumerate(group):
+            assert leaf.grad is not None
+            found[f"{name}{j}"] = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
+    return found
+
+
+def loss(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    drawn = make_softmax(size.partition, _drawn(dtype))
+    weights = copy_weights(drawn, dtype, device, requires_grad=True)
+    hidden = make_hidden(size.partition, (size.tokens,), _drawn(dtype)).to(device, dtype).requires_grad_()
+    target = make_targets(size.partition, (size.tokens,)).to(device)
+    value = functional.clustered_cross_entropy(hidden, target, weights)
+    value.backward()
+    assert hidden.grad is not None
+    found = {"loss": value.detach(), "d_input": hidden.grad}
+    groups = (("d_weight", weights.weights), ("d_projection", weights.projections), ("d_bias", weights.tail_biases))
+    for name, group in groups:
+        found |= {f"{name}{j}": leaf.grad for j, leaf in enumerate(group) if leaf.grad is not None}
+    return found
+
+
+def topk(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    weights = copy_weights(make_softmax(size.partition, _drawn(dtype)), dtype, device)
+    hidden = make_hidden(size.partition, (64,), _drawn(dtype)).to(device, dtype)
+    return {"scores": functional.clustered_topk(hidden, 10, weights)[0]}
+
+
+OPERATIONS: dict[str, Callable[[Size, torch.dtype, str], dict[str, Tensor]]] = {
+    "block_embedding": embed,
+    "block_embedding sparse": lambda size, dtype, device: embed(size, dtype, device, sparse=True),
+    "clustered_cross_entropy": loss,
+    "clustered_topk": topk,
+}
+_drawing: list[torch.dtype] = []
+
+
+def _drawn(dtype: torch.dtype) -> torch.dtype:
+    """Values are drawn in the dtype under test, also for the truth in fp64."""
+    return _drawing[-1] if _drawing else dtype
+
+
+# Stages
+
+
+def machine(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
+    """Versions, the rate of a copy and of a product of bf16 matrices."""
+    facts: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": device}
+    try:
+        import triton
+
+        facts["triton"] = triton.__version__
+    except ImportError:
+        facts["triton"] = None
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"device": properties.name, "processors": properties.multi_processor_count}
+        facts["memory_gb"] = properties.total_memory / 1e9
+    emit({"kind": "versions", **facts})
+    count, side = (2**29, 8192) if device == "cuda" else (2**20, 256)
+    source = torch.randn(count, device=device)
+    target = torch.empty_like(source)
+    emit({"kind": "copy", "gb_per_s": 8 * count / timed(lambda: target.copy_(source), device)[0] / 1e6})
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    emit({"kind": "bf16 product", "tflops": 2 * side**3 / timed(lambda: a @ b, device)[0] / 1e9})
+
+
+def check(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
+    """Every op, backend and dtype against fp64 on the device, by the tolerance rule."""
+    for size in sizes:
+        for name, operation in OPERATIONS.items():
+            for dtype in DTYPES:
+                _drawing[:] = [dtype]
+                with use_backend("reference"):
+                    truth, base = operation(size, torch.float64, device), operation(size, dtype, device)
+                for backend in BACKENDS:
+                    row = {"kind": "check", "op": name, "size": size.name, "dtype": _name(dtype), "backend": backend}
+                    emit(row | _verdict(operation, size, dtype, device, backend, truth, base))
+                _drawing.clear()
+
+
+def _verdict(
+    operation: Callable[..., dict[str, Tensor]], size: Size, dtype: torch.dtype, device: str, backend: str,
+    truth: dict[str, Tensor], base: dict[str, Tensor],
+) -> dict[str, Any]:  # fmt: skip
+    try:
+        with use_backend(backend):
+            ours, again = operation(size, dtype, device), operation(size, dtype, device)
+        wrong = []
+        for part, value in ours.items():
+            try:
+                assert_accurate(value, base[part], truth[part], dtype, part)
+            except AssertionError as error:
+                wrong.append(str(error))
+        errors = {part: relative_error(value, truth[part]) for part, value in ours.items()}
+        repeats = all(torch.equal(value, again[part]) for part, value in ours.items())
+        return {"correct": not wrong, "wrong": wrong, "errors": errors, "repeats": repeats}
+    except BackendError as error:
+        return {"skipped": str(error)}
+    except Exception as error:
+        return {"correct": False, "wrong": [f"{type(error).__name__}: {str(error)[:300]}"]}
+
+
+def bench(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
+    """Medians of every op and backend, and of torch's own ways to do the like."""
+    for size in sizes:
+        for dtype in (torch.bfloat16, torch.float32):
+            for op, name, make in _providers(size, dtype, device):
+                row = {"kind": "bench", "op": op, "size": size.name, "dtype": _name(dtype), "provider": name}
+                try:
+                    with use_backend(name if name in BACKENDS else "auto"):
+                        median, p20, p80 = timed(make(), device)
+                    emit(row | {"median_ms": median, "p20_ms": p20, "p80_ms": p80})
+                except BackendError as error:
+                    emit(row | {"skipped": str(error)})
+                except Exception as error:
+                    emit(row | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
+
+
+Make = Callable[[], Callable[[], object]]
+
+
+def _providers(size: Size, dtype: torch.dtype, device: str) -> Iterator[tuple[str, str, Make]]:
+    partition = size.partition
+    ids = make_ids(partition, (size.tokens,)).to(device)
+    upstream = make_hidden(partition, (size.tokens,), dtype).to(device)
+    factors = [[t.to(device).requires_grad_() for t in group] for group in make_embedding(partition, dtype)]
+    weights = copy_weights(make_softmax(partition, dtype, bias=False), device=device, requires_grad=True)
+    hidden = upstream.clone().requires_grad_()
+    target = make_ids(partition, (size.tokens,), seed=1).to(device)
+
+    def step(value: Callable[[], Tensor], leaves: list[Tensor], gradient: Tensor | None) -> Make:
+        return lambda: lambda: torch.autograd.grad(value(), leaves, gradient)
+
+    def embedding() -> Tensor:
+        return functional.block_embedding(ids, *factors)
+
+    def cross_entropy() -> Tensor:
+        return functional.clustered_cross_entropy(hidden, target, weights)
+
+    for backend in BACKENDS:
+        yield "block_embedding fwd", backend, lambda: embedding
+        yield "block_embedding fwd+bwd", backend, step(embedding, [*factors[0], *factors[1]], upstream)
+        leaves = [hidden, *weights.weights, *weights.projections]
+        yield "clustered_cross_entropy fwd+bwd", backend, step(cross_entropy, leaves, None)
+        yield "clustered_topk", backend, lambda: lambda: functional.clustered_topk(hidden[:256].detach(), 10, weights)
+
+    def table() -> Callable[[], object]:
+        full = torch.randn(partition.num_items, partition.embedding_dim, device=device, dtype=dtype, requires_grad=True)
+        return step(lambda: nn.functional.embedding(ids, full), [full], upstream)()
+
+    def adaptive() -> Callable[[], object]:
+        module = nn.AdaptiveLogSoftmaxWithLoss(
+            partition.embedding_dim, partition.num_items, list(partition.cutoffs), device=device, dtype=dtype
+        )
+        return step(lambda: module(hidden, target).loss, [hidden, *module.parameters()], None)()
+
+    def brute_force() -> Callable[[], object]:
+        full = torch.randn(partition.num_items, partition.embedding_dim, device=device, dtype=dtype)
+        return lambda: (hidden[:256].detach() @ full.T).topk(10)
+
+    yield "block_embedding fwd+bwd", "torch-embedding", table
+    yield "clustered_cross_entropy fwd+bwd", "torch-adaptive", adaptive
+    yield "clustered_topk", "torch-full-topk", brute_force
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def timed(call: Callable[[], object], device: str, rounds: int = 20) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile in ms, after three calls that compile and warm up."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds if device == "cuda" else 3):
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - begin))
+    cuts = statistics.quantiles(times, n=5)
+    return statistics.median(times), cuts[0], cuts[3]
+
+
+def run_stage(stage: str, path: Path, device: str = "cuda", sizes: tuple[Size, ...] | None = None) -> None:
+    """Run a stage; ``path`` holds the rows so far after each of them."""
+    rows: list[dict[str, Any]] = []
+
+    def emit(row: dict[str, Any]) -> None:
+        rows.append(row)
+        write_text(path, json.dumps({"stage": stage, "rows": rows}, indent=1) + "\n")
+
+    chosen = {"machine": (machine, ()), "check": (check, CHECK), "bench": (bench, BENCH)}[stage]
+    chosen[0](device, chosen[1] if sizes is None else sizes, emit)
+
+
+if __name__ == "__main__":
+    run_stage(sys.argv[1], Path(sys.argv[2]))

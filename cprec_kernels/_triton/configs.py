@@ -1,0 +1,113 @@
+"""Tile shapes of every kernel: data, keyed by kernel, padded rank, bytes of an operand and architecture.
+
+Where a number comes from is said beside it. No entry has been timed: the tiles were chosen by what ptxas made of them
+(registers, spills, shared memory and instructions per logit, with bias), most of them for sm_90 and bf16 or fp32, and the
+first run on a GPU is to replace them by measured ones. Known to spill outside their loops: 16-bit operands at rank 512,
+and on sm_80 some at rank 256. :func:`override` is the door for tuning and for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from .common import padded_rank
+
+ARCHITECTURES = (80, 90, 100)
+BLOCK_DS = (16, 32, 64, 128, 256, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One kernel's tile.
+
+    block_t, block_v: tokens and entries (rows of the weight) per tile.
+    transposed: logits as (entries, tokens), so that probabilities are the register operand of the weight's gradient.
+    blocks_per_sm: programs of a persistent grid per multiprocessor, as registers and shared memory allow.
+    """
+
+    block_t: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+    blocks_per_sm: int = 1
+    transposed: bool = False
+
+
+Key = tuple[str, int, int]  # kernel, padded rank, bytes per element
+
+# 16-bit operands. 256-token tiles halve the weight's traffic of the log-sum-exp pass, which has one product per byte.
+# 8 warps from 128 tokens on: 4 warps spill at rank 256. 32-token tiles are avoided for 16-bit: they miss wgmma on sm_90.
+_SCAN_LSE = {
+    16: Tile(128, 128, 8, 3, 2), 32: Tile(128, 128, 8, 3, 2), 64: Tile(128, 128, 8, 3, 2),
+    128: Tile(256, 128, 8, 2, 1), 256: Tile(128, 64, 8, 2, 1), 512: Tile(64, 64, 8, 2, 1),
+}  # fmt: skip
+# The expected row holds block_t x rank accumulators beside the logits: registers, not shared memory, bound these tiles.
+_SCAN_ROWS = {
+    16: Tile(64, 128, 4, 3, 2), 32: Tile(64, 64, 4, 3, 3), 64: Tile(64, 64, 4, 3, 3),
+    128: Tile(128, 64, 8, 2, 1), 256: Tile(128, 64, 8, 2, 1), 512: Tile(64, 32, 8, 2, 1),
+}  # fmt: skip
+# Transposed from rank 64 on: below it the log-sum-exps along columns cost more registers than the transpose saves. With a
+# bias, 64 x 128 at rank 256 spills outside its loop (15 instructions per logit instead of 18): worth a try on a GPU.
+_WEIGHT = {
+    16: Tile(128, 64, 4, 3, 3), 32: Tile(64, 64, 4, 3, 3), 64: Tile(64, 128, 8, 3, 1, True),
+    128: Tile(64, 64, 4, 2, 2, True), 256: Tile(32, 128, 8, 2, 1, True), 512: Tile(32, 64, 8, 2, 1, True),
+}  # fmt: skip
+# fp32 operands take twice the memory, and a product split into three keeps three copies in registers: small tiles. From
+# rank 256 on products are exact ones on the ordinary pipes (common.MAX_SPLIT_RANK), which larger tiles spill by thousands.
+_SCAN_LSE_FP32 = {
+    16: Tile(64, 64, 4, 2, 3), 32: Tile(64, 64, 4, 2, 3), 64: Tile(64, 64, 8, 2, 1),
+    128: Tile(64, 32, 4, 2, 2), 256: Tile(32, 32, 8, 1, 3), 512: Tile(32, 32, 8, 1, 1),
+}  # fmt: skip
+_SCAN_ROWS_FP32 = {
+    16: Tile(64, 64, 4, 2, 2), 32: Tile(64, 64, 4, 2, 2), 64: Tile(64, 32, 4, 2, 2),
+    128: Tile(32, 32, 8, 1, 1), 256: Tile(16, 32, 8, 1, 3), 512: Tile(16, 32, 8, 1, 2),
+}  # fmt: skip
+_WEIGHT_FP32 = {
+    16: Tile(64, 64, 4, 2, 2), 32: Tile(32, 64, 4, 2, 3, True), 64: Tile(32, 64, 4, 2, 2, True),
+    128: Tile(32, 32, 4, 1, 2), 256: Tile(32, 16, 8, 1, 2), 512: Tile(16, 16, 8, 1, 2),
+}  # fmt: skip
+# Per-token kernels read a few rows per token: latency, not tiles, is what they wait for.
+_TOKEN = {d: Tile(16, 0, 4 if d < 512 else 8, 1, 4) for d in BLOCK_DS}
+
+TABLE: dict[Key, Tile] = {
+    (kernel, block_d, itemsize): tile
+    for kernel, by_itemsize in {
+        "scan_lse": {2: _SCAN_LSE, 4: _SCAN_LSE_FP32},
+        "scan_rows": {2: _SCAN_ROWS, 4: _SCAN_ROWS_FP32},
+        "weight": {2: _WEIGHT, 4: _WEIGHT_FP32},
+        "token": {2: _TOKEN, 4: _TOKEN},
+    }.items()
+    for itemsize, tiles in by_itemsize.items()
+    for block_d, tile in tiles.items()
+}
+# Where an architecture needs another tile than TABLE's: sm_80 has 163 KiB of shared memory per block, sm_90 227.
+BY_ARCHITECTURE: dict[tuple[int, Key], Tile] = {
+    (80, ("scan_lse", 128, 2)): Tile(128, 128, 8, 2, 1),  # 256 tokens spill in the loop without wgmma
+    (80, ("scan_lse", 512, 2)): Tile(64, 32, 8, 2, 1),  # 192 KiB at 64 entries
+}
+_OVERRIDES: dict[str, Tile] = {}
+
+
+def tile_for(kernel: str, rank: int, dtype: torch.dtype, architecture: int) -> Tile:
+    """The tile of a kernel for rows of ``rank`` columns. A newer architecture uses what its newest known ancestor does."""
+    if kernel in _OVERRIDES:
+        return _OVERRIDES[kernel]
+    key = kernel, padded_rank(rank), dtype.itemsize
+    known = max((known for known in ARCHITECTURES if known <= architecture), default=ARCHITECTURES[0])
+    return BY_ARCHITECTURE.get((known, key), TABLE[key])
+
+
+@contextlib.contextmanager
+def override(**tiles: Tile) -> Iterator[None]:
+    """Use other tiles inside a ``with`` block, by kernel: for tuning runs and for tests with tiny tiles."""
+    before = dict(_OVERRIDES)
+    _OVERRIDES.update(tiles)
+    try:
+        yield
+    finally:
+        _OVERRIDES.clear()
+        _OVERRIDES.update(before)

@@ -1,0 +1,19 @@
+"""Kernels on CPU tensors through Triton's interpreter. It must be asked for before a kernel is imported, hence a process
+of its own: ``TRITON_INTERPRET=1 pytest tests/triton``, which `make test` runs after everything else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED or importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    sys.path.insert(0, str(Path(__file__).parent))
+    import interpreter
+
+    interpreter.repair_bf16_dot()

@@ -1,0 +1,349 @@
+"""The Triton kernels of the clustered softmax in the interpreter, against fp64; tiles are tiny, so that every loop turns."""
+
+from __future__ import annotations
+
+import math
+
+import interpreter
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cprec_kernels import Partition, _backend, use_backend
+from cprec_kernels._triton import (
+    clustered_softmax as kernels,
+)
+from cprec_kernels._triton import (
+    clustered_softmax_backward as backward_kernels,
+)
+from cprec_kernels._triton import (
+    clustered_softmax_weight as weight_kernels,
+)
+from cprec_kernels._triton import common, configs
+from cprec_kernels._triton.configs import Tile
+from cprec_kernels.reference import clustered_softmax as ref
+from cprec_kernels.testing import (
+    assert_accurate,
+    copy_weights,
+    make_hidden,
+    make_softmax,
+    make_targets,
+)
+
+MODULES = (kernels, backward_kernels, weight_kernels)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IGNORE = -100
+ALL = [True] * 5
+COUNT = 41
+TINY = {
+    "scan_lse": Tile(16, 16, 4, 1),
+    "scan_rows": Tile(16, 16, 4, 1),
+    "weight": Tile(16, 16, 4, 1),
+    "token": Tile(16, 0, 4, 1),
+}
+SMALL = Partition(100, [10, 50], [8, 4, 2], 8)
+
+
+@pytest.fixture(autouse=True)
+def _tiny_tiles():
+    with configs.override(**TINY):
+        yield
+
+
+def inputs(partition, dtype=torch.float32, count=COUNT):
+    return make_hidden(partition, (count,), dtype), make_targets(partition, (count,))
+
+
+def flat(gradients):
+    d_input, d_weights, d_projections, d_head_bias, d_tail_biases = gradients
+    return [d_input, *d_weights, *d_projections, d_head_bias, *d_tail_biases]
+
+
+def run(hidden, target, weights, g1, g2, with_rows=False, mask=ALL, ignore=IGNORE):
+    """log_prob, uniform and the log-sum-exps; all gradients."""
+    *results, descents = kernels.forward(hidden, target, *weights, ignore, True, with_rows)
+    gradients = backward_kernels.backward(
+        g1, g2, hidden, target, *weights, *results[2:], ignore, mask, hidden.dtype, descents if with_rows else None
+    )
+    return results, flat(gradients)
+
+
+def run_reference(hidden, target, weights, g1, g2, dtype=None):
+    dtype = dtype or hidden.dtype
+    h, w = hidden.to(dtype), copy_weights(weights, dtype)
+    results = ref.clustered_softmax(h, target, *w, IGNORE)
+    g1, g2 = (g.double() if dtype == torch.float64 else g for g in (g1, g2))
+    return results, flat(ref.clustered_softmax_backward(g1, g2, h, target, *w, *results[2:], IGNORE, ALL))
+
+
+def check(hidden, target, weights, g1, g2, **options):
+    ours = run(hidden, target, weights, g1, g2, **options)
+    base = run_reference(hidden, target, weights, g1, g2)
+    truth = run_reference(hidden, target, weights, g1, g2, torch.float64)
+    for kind, a, b, t in zip(("result", "gradient"), ours, base, truth, strict=True):
+        for i, (x, y, z) in enumerate(zip(a, b, t, strict=True)):
+            assert_accurate(x, y, z, hidden.dtype, f"{kind} {i}")
+    assert [g.dtype for g in ours[1]] == [hidden.dtype] * len(ours[1])
+    assert [r.dtype for r in ours[0]] == [torch.float32] * 2 + [torch.float64] * 2
+    ignored = target == IGNORE
+    assert all(torch.count_nonzero(result[ignored]) == 0 for result in ours[0])
+
+
+def upstream(count, kind="plain"):
+    """Gradients of log_prob and uniform, as a loss gives them or with every sign there is."""
+    g1, g2 = torch.rand(count) + 0.5, torch.rand(count) * 0.3
+    if kind == "plain":
+        return -g1, torch.zeros(count)
+    if kind == "smooth":
+        return -g1, -g2
+    sign = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
+    g1, g2 = g1 * sign, g2 * sign.flip(0)
+    g1[::5] = 0.0
+    g2[::5] = 0.0
+    g2[1::5] = -g1[1::5]  # c = 0, and yet a gradient
+    return g1, g2
+
+
+# Values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("with_rows", "bias"), [(False, True), (True, False)], ids=["two-pass-bias", "one-pass"])
+def test_values_and_gradients(case, dtype, bias, with_rows, poison):
+    weights = make_softmax(case.partition, dtype, bias=bias)
+    check(*inputs(case.partition, dtype), weights, *upstream(COUNT, "smooth" if bias else "plain"), with_rows=with_rows)
+
+
+@pytest.mark.parametrize(("with_rows", "bias"), [(False, False), (True, True)], ids=["two-pass", "one-pass-bias"])
+def test_values_and_gradients_the_other_way_round(bias, with_rows, poison):
+    weights = make_softmax(SMALL, bias=bias)
+    check(*inputs(SMALL), weights, *upstream(COUNT, "plain" if bias else "smooth"), with_rows=with_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_rows", [False, True], ids=["two-pass", "one-pass"])
+def test_upstream_gradients_of_any_sign_and_size(dtype, with_rows, poison):
+    weights = make_softmax(SMALL, dtype)
+    hidden, target = inputs(SMALL, dtype)
+    g1, g2 = upstream(COUNT, "mixed")
+    check(hidden, target, weights, g1, g2, with_rows=with_rows)
+    # A mean over many tokens, in a dtype that ends at 6e-8.
+    small = 1e-3 if dtype == torch.float16 else 1e-20
+    check(hidden, target, weights, g1 * small, g2 * small, with_rows=with_rows)
+
+
+TILES = {
+    "wide": {"scan_lse": Tile(64, 64, 4, 2), "scan_rows": Tile(32, 64, 4, 2), "weight": Tile(32, 64, 4, 2)},
+    "transposed": {"weight": Tile(16, 32, 4, 2, transposed=True)},
+    "many-units": {"scan_lse": Tile(16, 16, 4, 1, 5), "scan_rows": Tile(16, 16, 4, 1, 5), "weight": Tile(16, 64, 4, 1, 5)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_tiles(tiles, dtype, poison):
+    partition = Partition(211, [17, 74], [19, 7, 3], 27)
+    with configs.override(**tiles):
+        for with_rows in (False, True):
+            check(
+                *inputs(partition, dtype),
+                make_softmax(partition, dtype),
+                *upstream(COUNT, "mixed"),
+                with_rows=with_rows,
+            )
+
+
+@pytest.mark.parametrize("rank", [1, 15, 16, 17, 33, 512])
+def test_ranks(rank, poison):
+    partition = Partition(40, [9], [rank, min(rank, 3)], 512)
+    hidden, target = inputs(partition, count=20)
+    check(hidden / 20, target, make_softmax(partition), *upstream(20, "smooth"))
+
+
+@pytest.mark.parametrize("with_rows", [False, True], ids=["two-pass", "one-pass"])
+def test_gradients_stay_exact_where_the_target_is_certain(with_rows, poison):
+    """1 - p is about 1e-5 here: formed as a difference in fp32 it would keep two digits."""
+    partition = Partition.single(90, 16)
+    weights = make_softmax(partition, bias=False)
+    target = torch.arange(COUNT)
+    w = weights.weights[0]
+    hidden = w[target] / w[target].norm(dim=1, keepdim=True) ** 2 * 20
+    log_prob = run(hidden, target, weights, *upstream(COUNT))[0][0]
+    assert -1e-3 < log_prob.median() < 0
+    check(hidden, target, weights, *upstream(COUNT), with_rows=with_rows)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_large_logits_stay_finite(scale):
+    weights = make_softmax(SMALL)
+    hidden, target = inputs(SMALL)
+    for with_rows in (False, True):
+        results, gradients = run(hidden * scale, target, weights, *upstream(COUNT), with_rows=with_rows)
+        truth = run_reference(hidden * scale, target, weights, *upstream(COUNT), torch.float64)
+        torch.testing.assert_close(results[0].double(), truth[0][0], rtol=1e-5, atol=1e-5)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_nan_spoils_its_own_token_alone():
+    weights = make_softmax(SMALL)
+    hidden, target = inputs(SMALL)
+    target[:2] = 99
+    clean = run(hidden, target, weights, *upstream(COUNT))[0][0]
+    hidden[0, 0] = math.nan
+    for with_rows in (False, True):
+        spoilt = run(hidden, target, weights, *upstream(COUNT), with_rows=with_rows)[0][0]
+        assert spoilt[0].isnan()
+        assert torch.equal(spoilt[1:], clean[1:])
+
+
+# Edges
+
+
+def test_empty_batch(case):
+    weights = make_softmax(case.partition)
+    hidden, target = torch.zeros(0, case.partition.embedding_dim), torch.zeros(0, dtype=torch.int64)
+    for with_rows in (False, True):
+        results, gradients = run(hidden, target, weights, target.float(), target.float(), with_rows=with_rows)
+        assert all(result.shape == (0,) for result in results)
+        assert all(torch.count_nonzero(gradient) == 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("target", [[IGNORE] * 20, [99] * 20, [0], [10, 49, 50, 9]], ids=["ignored", "last", "one", "edges"])  # fmt: skip
+def test_few_targets(target, poison):
+    hidden, _ = inputs(SMALL, count=len(target))
+    for with_rows in (False, True):
+        check(
+            hidden,
+            torch.tensor(target),
+            make_softmax(SMALL),
+            *upstream(len(target), "smooth"),
+            with_rows=with_rows,
+        )
+
+
+def test_another_ignore_index():
+    weights = make_softmax(SMALL)
+    hidden, target = inputs(SMALL)
+    g1, g2 = upstream(COUNT)
+    moved = target.masked_fill(target == IGNORE, 7)
+    expected = run(hidden, target.masked_fill(target == 7, IGNORE), weights, g1, g2)
+    ours = run(hidden, moved.masked_fill(moved == 7, 7), weights, g1, g2, ignore=7)
+    for a, b in zip(ours[0] + ours[1], expected[0] + expected[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_strided_weights():
+    weights = make_softmax(SMALL)
+    transposed = weights._replace(weights=[w.T.contiguous().T for w in weights.weights])
+    args = (*inputs(SMALL), weights, *upstream(COUNT))
+    for a, b in zip(run(*args)[1], run(*args[:2], transposed, *args[3:])[1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mask", [[i == j for i in range(5)] for j in range(5)], ids=str)
+def test_only_wanted_gradients(mask):
+    weights = make_softmax(SMALL)
+    hidden, target = inputs(SMALL)
+    g1, g2 = upstream(COUNT)
+    results = kernels.forward(hidden, target, *weights, IGNORE, True)
+    args = (g1, g2, hidden, target, *weights, *results[2:4], IGNORE)
+    everything = backward_kernels.backward(*args, ALL, torch.float32)
+    for got, whole, wanted in zip(backward_kernels.backward(*args, mask, torch.float32), everything, mask, strict=True):
+        got, whole = ([x] if isinstance(x, torch.Tensor) else x for x in (got, whole))
+        if wanted:
+            assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
+        else:
+            assert sum(x.numel() for x in got) == 0
+
+
+# Repeatable
+
+
+@pytest.mark.parametrize("order", [None, [6, 2, 4, 0, 5, 1, 3]], ids=["in-order", "shuffled"])
+@pytest.mark.parametrize("programs", [1, 3, 7])
+def test_bits_depend_on_no_grid_and_no_order_of_programs(programs, order, monkeypatch, poison):
+    """One program after another hides a program that needs another's result; another order, or other owners, shows it."""
+    partition = Partition(211, [17, 74], [19, 7, 3], 27)
+    args = (*inputs(partition), make_softmax(partition), *upstream(COUNT, "smooth"))
+    expected = [run(*args, with_rows=with_rows) for with_rows in (False, True)]
+
+    def launch(kernel, _programs, anchor, *kernel_args, **options):
+        kernel = kernel if order is None else interpreter.shuffle_programs(kernel, order)
+        common.launch(kernel, programs, anchor, *kernel_args, **options)
+
+    for module in MODULES:
+        monkeypatch.setattr(module, "launch", launch)
+    for with_rows in (False, True):
+        ours = run(*args, with_rows=with_rows)
+        for a, b in zip(sum(ours, []), sum(expected[with_rows], []), strict=True):
+            assert torch.equal(a, b)
+
+
+# The host
+
+
+def test_nothing_is_read_by_the_host(monkeypatch):
+    """Fake tensors have no values: .item(), nonzero() and x[mask] raise on them."""
+    launched = []
+    for module in MODULES:
+        monkeypatch.setattr(module, "launch", lambda kernel, *args, **options: launched.append(kernel.__name__))
+    with FakeTensorMode():
+        weights = copy_weights(make_softmax(SMALL))
+        hidden, target = torch.randn(COUNT, 8), torch.zeros(COUNT, dtype=torch.int64)
+        for with_rows in (False, True):
+            results, gradients = run(
+                hidden, target, weights, torch.randn(COUNT), torch.randn(COUNT), with_rows=with_rows
+            )
+            assert [tuple(result.shape) for result in results] == [(COUNT,)] * 4
+            assert [g.shape for g in gradients] == [
+                g.shape for g in (hidden, *weights.weights, *weights.projections, weights.head_bias, *weights.tail_biases)
+            ]  # fmt: skip
+    assert len(set(launched)) == 6
+
+
+def test_the_ops_agree_with_the_reference_under_autocast():
+    """What ``_backend`` calls: fp32 parameters, products in bf16, fp32 gradients, added to given ones on request."""
+    weights = make_softmax(SMALL)
+    hidden, target = inputs(SMALL)
+    g1, g2 = upstream(COUNT, "smooth")
+    narrow = torch.bfloat16
+    results = kernels.clustered_softmax(hidden, target, *weights.args(), IGNORE, True, narrow)
+    args = (g1, g2, hidden, target, *weights.args(), *results[2:], IGNORE, narrow)
+    gradients = backward_kernels.clustered_softmax_backward(*args, ALL)
+    truth = run_reference(hidden, target, weights, g1, g2, torch.float64)
+    base = run_reference(hidden.to(narrow), target, copy_weights(weights, narrow), g1, g2)
+    for a, b, t in zip([*results, *flat(gradients)], base[0] + tuple(base[1]), truth[0] + tuple(truth[1]), strict=True):
+        assert a.dtype in (torch.float32, torch.float64)
+        assert_accurate(a, b, t, narrow)
+    given = [torch.ones_like(weight) for weight in weights.weights]
+    backward_kernels.clustered_softmax_backward_into(*args, given, ALL)
+    for accumulated, own in zip(given, gradients[1], strict=True):
+        assert torch.equal(accumulated, 1 + own)
+
+
+def test_the_choice_of_backend():
+    for op in ("clustered_softmax", "clustered_softmax_backward", "clustered_softmax_backward_into"):
+        for dtype in DTYPES:
+            assert _backend.choose(op, "cuda", dtype).implementation.backend == "triton"
+        assert _backend.choose(op, "cuda", torch.float64).implementation.backend == "reference"
+        assert _backend.choose(op, "cpu", torch.float32).implementation.backend != "triton"
+
+
+def test_ranks_beyond_the_kernels_go_to_the_reference_unless_triton_was_asked_for():
+    partition = Partition.single(5, 600)
+    weights = make_softmax(partition)
+    hidden, target = inputs(partition, count=3)
+    args = (hidden, target, *weights.args(), IGNORE, True, None)
+    call = _backend.choose("clustered_softmax", "cuda", torch.float32).implementation.call
+    expected = ref.clustered_softmax(hidden, target, *weights, IGNORE)[0]
+    torch.testing.assert_close(call(*args)[0], expected)
+    with use_backend("triton"), pytest.raises(_backend.BackendError, match="rank 600 is above 512"):
+        call(*args)
+
+
+def test_tables_have_a_tile_for_every_rank_dtype_and_architecture():
+    for rank in range(1, common.MAX_RANK + 1):
+        for dtype in DTYPES:
+            for arch in (*configs.ARCHITECTURES, 86, 89, 103, 120):
+                for kernel in ("scan_lse", "scan_rows", "weight", "token"):
+                    assert configs.tile_for(kernel, rank, dtype, arch).block_t >= 16
