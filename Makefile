@@ -13,10 +13,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help setup demo test bench lint format clean choice
+.PHONY: help setup demo test aot bench lint format clean choice
 help:
 	@echo "make demo    generate data, train the twin and the compressed model, compare them (folder: $(DEMO))"
 	@echo "make test    run the test suite"
+	@echo "make aot     compile every GPU kernel ahead of time and hold its code to limits, about six minutes; needs no GPU"
 	@echo "make bench   a quick benchmark of every op, about ten minutes (folder: $(BENCH))"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make setup   .venv with everything, extension built (demo and test do this by themselves)"
@@ -53,6 +54,15 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TRITON_ARGS) tests/triton
+
+# Every Triton kernel, compiled for GPUs by the newest and by the oldest Triton that is supported; no GPU is needed.
+OLDEST_TRITON := 3.6.0
+build/triton-$(OLDEST_TRITON): $(VENV)/.tools
+	$(PIP) install --no-deps --target $@ 'triton==$(OLDEST_TRITON)'
+
+aot: setup build/triton-$(OLDEST_TRITON)
+	$(BIN)/python -m benchmarks.aot
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m benchmarks.aot
 
 bench: setup
 	$(BIN)/python -m benchmarks quick --out $(BENCH)

@@ -2,8 +2,7 @@
 
 Where a number comes from is said beside it. No entry has been timed: the tiles were chosen by what ptxas made of them
 (registers, spills, shared memory and instructions per logit, with bias), most of them for sm_90 and bf16 or fp32, and the
-first run on a GPU is to replace them by measured ones. Known to spill outside their loops: 16-bit operands at rank 512,
-and on sm_80 some at rank 256. :func:`override` is the door for tuning and for tests.
+first run on a GPU is to replace them by measured ones. :func:`override` is the door for tuning and for tests.
 """
 
 from __future__ import annotations
@@ -40,7 +39,8 @@ class Tile:
 Key = tuple[str, int, int]  # kernel, padded rank, bytes per element
 
 # 16-bit operands. 256-token tiles halve the weight's traffic of the log-sum-exp pass, which has one product per byte.
-# 8 warps from 128 tokens on: 4 warps spill at rank 256. 32-token tiles are avoided for 16-bit: they miss wgmma on sm_90.
+# 8 warps from 128 tokens on: 4 warps spill at rank 256. 16-bit tiles of 32 tokens miss
+# wgmma on sm_90: they are for rank 512 alone, where 64 tokens spill.
 _SCAN_LSE = {
     16: Tile(128, 128, 8, 3, 2), 32: Tile(128, 128, 8, 3, 2), 64: Tile(128, 128, 8, 3, 2),
     128: Tile(256, 128, 8, 2, 1), 256: Tile(128, 64, 8, 2, 1), 512: Tile(64, 64, 8, 2, 1),
@@ -48,13 +48,13 @@ _SCAN_LSE = {
 # The expected row holds block_t x rank accumulators beside the logits: registers, not shared memory, bound these tiles.
 _SCAN_ROWS = {
     16: Tile(64, 128, 4, 3, 2), 32: Tile(64, 64, 4, 3, 3), 64: Tile(64, 64, 4, 3, 3),
-    128: Tile(128, 64, 8, 2, 1), 256: Tile(128, 64, 8, 2, 1), 512: Tile(64, 32, 8, 2, 1),
+    128: Tile(128, 64, 8, 2, 1), 256: Tile(128, 64, 8, 2, 1), 512: Tile(32, 64, 8, 2, 1),
 }  # fmt: skip
 # Transposed from rank 64 on: below it the log-sum-exps along columns cost more registers than the transpose saves. With a
 # bias, 64 x 128 at rank 256 spills outside its loop (15 instructions per logit instead of 18): worth a try on a GPU.
 _WEIGHT = {
     16: Tile(128, 64, 4, 3, 3), 32: Tile(64, 64, 4, 3, 3), 64: Tile(64, 128, 8, 3, 1, True),
-    128: Tile(64, 64, 4, 2, 2, True), 256: Tile(32, 128, 8, 2, 1, True), 512: Tile(32, 64, 8, 2, 1, True),
+    128: Tile(64, 64, 4, 2, 2, True), 256: Tile(32, 128, 8, 2, 1, True), 512: Tile(32, 64, 8, 2, 1),
 }  # fmt: skip
 # fp32 operands take twice the memory, and a product split into three keeps three copies in registers: small tiles. From
 # rank 256 on products are exact ones on the ordinary pipes (common.MAX_SPLIT_RANK), which larger tiles spill by thousands.
@@ -88,6 +88,13 @@ TABLE: dict[Key, Tile] = {
 BY_ARCHITECTURE: dict[tuple[int, Key], Tile] = {
     (80, ("scan_lse", 128, 2)): Tile(128, 128, 8, 2, 1),  # 256 tokens spill in the loop without wgmma
     (80, ("scan_lse", 512, 2)): Tile(64, 32, 8, 2, 1),  # 192 KiB at 64 entries
+    # Without wgmma the operands of these products are in registers, and larger tiles spill.
+    (80, ("scan_lse", 64, 4)): Tile(32, 64, 4, 2, 3),
+    (80, ("scan_lse", 128, 4)): Tile(32, 64, 8, 2, 1),
+    (80, ("scan_rows", 64, 4)): Tile(32, 64, 4, 2, 2),
+    (80, ("scan_rows", 256, 2)): Tile(64, 64, 8, 2, 1),
+    (80, ("weight", 64, 4)): Tile(32, 32, 4, 2, 2, True),
+    (80, ("weight", 256, 2)): Tile(64, 64, 8, 2, 1, True),
 }
 _OVERRIDES: dict[str, Tile] = {}
 
