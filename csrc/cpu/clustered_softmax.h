@@ -44,6 +44,13 @@ static __attribute__((noinline)) void raise_shift(Vec largest, float* shift, dou
   for (int lane = 0; lane < Vec::kWidth; ++lane) sum[lane] *= factors[lane];
 }
 
+// 2^x as exact as products of P are.
+template <class P>
+static inline __attribute__((always_inline)) Vec power_of(Vec x) {
+  if constexpr (P::kPairs) return exp2_narrow(x);
+  return exp2(x);
+}
+
 // One block against N vectors of tokens; the largest logit of every kMaximaEntries goes to rows of maxima, if wanted.
 template <class P, int N, bool kMaxima>
 static inline void lse_panel(const SoftmaxLevel& level, const Block& block, const float* panel, float* shift,
@@ -75,7 +82,7 @@ static inline void lse_panel(const SoftmaxLevel& level, const Block& block, cons
       Vec chains[kSums];
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const Vec power = exp2(Vec::sub(sums[m][n], by));
+        const Vec power = power_of<P>(Vec::sub(sums[m][n], by));
         chains[m % kSums] = m < kSums ? power : Vec::add(chains[m % kSums], power);
       }
 #pragma GCC unroll 4
@@ -190,8 +197,8 @@ struct GradientTile {
 // p = 2^(logit - lse), the log-sum-exp in two parts; as exact as the tile that it goes to.
 template <class P>
 static inline __attribute__((always_inline)) Vec probability(Vec logit, Vec lse, Vec rest) {
-  if constexpr (P::kPairs) return exp2_narrow(Vec::sub(logit, lse));
-  return exp2(Vec::sub(Vec::sub(logit, lse), rest));
+  if constexpr (P::kPairs) return power_of<P>(Vec::sub(logit, lse));
+  return power_of<P>(Vec::sub(Vec::sub(logit, lse), rest));
 }
 
 // d logits of the block and N vectors of tokens, the first at tile column t.
@@ -206,16 +213,11 @@ static inline void gradient_panel(const SoftmaxLevel& level, const SoftmaxGradSl
       const int64_t at = token + n * Vec::kWidth;
       const Vec lse = Vec::load(slab.lse + at), rest = Vec::load(slab.lse_rest + at);
       const Vec coefficient = Vec::load(slab.coefficient + at), uniform = Vec::load(slab.uniform + at);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const Vec p = probability<P>(sums[m][n], lse, rest);
-        sums[m][n] = Vec::fma(coefficient, p, uniform);
-        store_tile<P>(tile.by_token, i + m, tile.stride, t + n * Vec::kWidth, sums[m][n]);
-      }
-      if constexpr (P::kPairs) {
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m += 2)
-          Vec::pair(sums[m][n], sums[m + 1][n]).store(tile.by_entry + (i + m) / 2 * tile.stride + t + n * Vec::kWidth);
+      for (int m = 0; m < M; m += 2) {
+        const Vec first = Vec::fma(coefficient, probability<P>(sums[m][n], lse, rest), uniform);
+        const Vec second = Vec::fma(coefficient, probability<P>(sums[m + 1][n], lse, rest), uniform);
+        store_tile<P>(tile.by_token, tile.by_entry, i + m, tile.stride, t + n * Vec::kWidth, first, second);
       }
     }
   });

@@ -66,11 +66,15 @@ static inline void widen_rows(const SoftmaxLevel& level, int64_t first, int64_t 
   }
 }
 
-// Floats in[0..count-1], each step a pair of neighbours; count even.
+// Floats in[0..count-1], each step a pair of neighbours; count a multiple of 16.
 static inline void pair_neighbours(const float* in, int64_t count, float* out) {
-  BFloat16 values[8];
-  for (int64_t k = 0; k < count; k += 8) {
-    for (int64_t n = 0; n < 8; n += Half::kWidth) narrow(in + k + n, Half::kWidth, values + n);
+  int64_t k = 0;
+  for (; k + 2 * Vec::kWidth <= count; k += 2 * Vec::kWidth)
+    Vec::neighbours(Vec::load(in + k), Vec::load(in + k + Vec::kWidth)).store(out + k / 2);
+  if (k < count) {
+    static_assert(Vec::kWidth <= 16);
+    BFloat16 values[Vec::kWidth];
+    Vec::load(in + k).store(values);
     memcpy(out + k / 2, values, sizeof values);
   }
 }
@@ -127,17 +131,20 @@ static inline Block load_block(const SoftmaxLevel& level, const BlockBuffers& bu
   return block;
 }
 
-// One vector, or one value, of a tile of gradients: see GradientTile.
+// Rows `row` and `row` + 1 of a tile of gradients at column t: see GradientTile.
 template <class P>
-static inline __attribute__((always_inline)) void store_tile(float* by_token, int64_t row, int64_t stride, int64_t t,
-                                                             Vec values) {
+static inline __attribute__((always_inline)) void store_tile(float* by_token, float* by_entry, int64_t row,
+                                                             int64_t stride, int64_t t, Vec first, Vec second) {
   if constexpr (P::kPairs) {
-    values.store(reinterpret_cast<BFloat16*>(by_token) + row * stride + t);
+    BFloat16* place = reinterpret_cast<BFloat16*>(by_token) + row * stride + t;
+    Vec::store_pairs(first, second, place, place + stride, by_entry + row / 2 * stride + t);
   } else {
-    values.store(by_token + row * stride + t);
+    first.store(by_token + row * stride + t);
+    second.store(by_token + (row + 1) * stride + t);
   }
 }
 
+// One vector, or one value, of a tile.
 template <class P>
 static inline Vec load_tile(const float* by_token, int64_t row, int64_t stride, int64_t t) {
   if constexpr (P::kPairs) return Vec::load(reinterpret_cast<const BFloat16*>(by_token) + row * stride + t);

@@ -68,6 +68,17 @@ struct Vec {
   static Vec pair(Vec low, Vec high) {
     return {_mm256_castsi256_ps(_mm256_or_si256(low.narrow_bf16(), _mm256_slli_epi32(high.narrow_bf16(), 16)))};
   }
+  // The bf16 values of all lanes of a, then of b.
+  static Vec neighbours(Vec a, Vec b) {
+    const __m256i words = _mm256_packus_epi32(a.narrow_bf16(), b.narrow_bf16());
+    return {_mm256_castsi256_ps(_mm256_permute4x64_epi64(words, 0xd8))};
+  }
+  // a and b as bf16 rows, and as pairs (a, b).
+  static void store_pairs(Vec a, Vec b, BFloat16* row_a, BFloat16* row_b, float* pairs) {
+    a.store(row_a);
+    b.store(row_b);
+    pair(a, b).store(pairs);
+  }
   // The larger; b where either is NaN.
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   static bool any_above(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0; }
@@ -87,9 +98,14 @@ struct Vec {
   }
 
   static Vec round(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // a * 2^n for whole n in -126..127.
-  static Vec scale(Vec a, Vec n) {
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  // x, but no less than -126, = whole + fraction, fraction in [0, 1]; whole is for scale() alone. NaN stays NaN.
+  static void split(Vec x, Vec* whole, Vec* fraction) {
+    x = max(broadcast(-126.0f), x);  // in this order
+    whole->v = _mm256_floor_ps(x.v);
+    *fraction = sub(x, *whole);
+  }
+  static Vec scale(Vec a, Vec whole) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole.v), _mm256_set1_epi32(127));
     return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
   }
 

@@ -76,10 +76,15 @@ struct Vec {
 #ifdef CPREC_AVX512_BF16
   static Vec dot_pairs(Vec a, Vec b, Vec sum) { return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)}; }
   // Pairs (low, high) of bf16 values, one per lane.
-  static Vec pair(Vec low, Vec high) {
-    const __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low.v));
-    const __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high.v));
-    return {_mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)))};
+  static Vec pair(Vec low, Vec high) { return {_mm512_castsi512_ps(interleave(narrow_both(low, high)))}; }
+  // The bf16 values of all lanes of a, then of b.
+  static Vec neighbours(Vec a, Vec b) { return {_mm512_castsi512_ps(narrow_both(a, b))}; }
+  // a and b as bf16 rows, and as pairs (a, b).
+  static void store_pairs(Vec a, Vec b, BFloat16* row_a, BFloat16* row_b, float* pairs) {
+    const __m512i both = narrow_both(a, b);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row_a), _mm512_castsi512_si256(both));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row_b), _mm512_extracti64x4_epi64(both, 1));
+    _mm512_storeu_si512(pairs, interleave(both));
   }
 #else
   static Vec dot_pairs(Vec a, Vec b, Vec sum) { return fma(upper(a), upper(b), fma(lower(a), lower(b), sum)); }
@@ -87,6 +92,14 @@ struct Vec {
     const __m512i first = _mm512_cvtepu16_epi32(low.narrow_bf16());
     const __m512i second = _mm512_cvtepu16_epi32(high.narrow_bf16());
     return {_mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)))};
+  }
+  static Vec neighbours(Vec a, Vec b) {
+    return {_mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(a.narrow_bf16()), b.narrow_bf16(), 1))};
+  }
+  static void store_pairs(Vec a, Vec b, BFloat16* row_a, BFloat16* row_b, float* pairs) {
+    a.store(row_a);
+    b.store(row_b);
+    pair(a, b).store(pairs);
   }
 #endif
   // The larger; b where either is NaN.
@@ -100,10 +113,26 @@ struct Vec {
   float maximum() const { return _mm512_reduce_max_ps(v); }
 
   static Vec round(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // a * 2^n for whole n in -126..127.
-  static Vec scale(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+  // x = whole + fraction, fraction in [0, 1]; whole is for scale() alone, which rounds it down by itself. NaN stays
+  // NaN.
+  static void split(Vec x, Vec* whole, Vec* fraction) {
+    *whole = x;
+    fraction->v = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  }
+  static Vec scale(Vec a, Vec whole) { return {_mm512_scalef_ps(a.v, whole.v)}; }
 
  private:
+#ifdef CPREC_AVX512_BF16
+  // In one instruction, which takes subnormal numbers for zero as the products do.
+  static __m512i narrow_both(Vec a, Vec b) { return (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v); }
+  // Words 0, 16, 1, 17, ...
+  static __m512i interleave(__m512i words) {
+    const __m512i low =
+        _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10,
+                                              26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    return _mm512_permutexvar_epi16(low, words);
+  }
+#endif
   static Vec lower(Vec a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))}; }
   static Vec upper(Vec a) { return {_mm512_and_ps(a.v, _mm512_castsi512_ps(_mm512_set1_epi32(~0xffff)))}; }
   static Vec widen_bf16(__m256i half) {

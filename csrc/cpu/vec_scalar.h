@@ -56,6 +56,14 @@ struct Vec {
     from_float(high.v, &y);
     return {as_float(static_cast<uint32_t>(y.bits) << 16 | x.bits)};
   }
+  // The bf16 values of all lanes of a, then of b.
+  static Vec neighbours(Vec a, Vec b) { return pair(a, b); }
+  // a and b as bf16 rows, and as pairs (a, b).
+  static void store_pairs(Vec a, Vec b, BFloat16* row_a, BFloat16* row_b, float* pairs) {
+    a.store(row_a);
+    b.store(row_b);
+    pair(a, b).store(pairs);
+  }
   // The larger; b where either is NaN, as the x86 instructions have it.
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   static bool any_above(Vec a, Vec b) { return a.v > b.v; }
@@ -66,8 +74,14 @@ struct Vec {
 
   // v = n + f with n whole and f in [-0.5, 0.5], for |v| < 2^22.
   static Vec round(Vec x) { return {(x.v + kRoundShift) - kRoundShift}; }
-  // a * 2^n for whole n in -126..127.
-  static Vec scale(Vec a, Vec n) { return {a.v * as_float((as_bits(n.v + kRoundShift) << 23) + 0x3f800000u)}; }
+  // x, but no less than -126, = whole + fraction, fraction in [0, 1]; whole is for scale() alone. NaN stays NaN.
+  static void split(Vec x, Vec* whole, Vec* fraction) {
+    x = max(broadcast(-126.0f), x);  // in this order
+    *whole = round(x);
+    if (whole->v > x.v) whole->v -= 1.0f;
+    *fraction = sub(x, *whole);
+  }
+  static Vec scale(Vec a, Vec whole) { return {a.v * as_float((as_bits(whole.v + kRoundShift) << 23) + 0x3f800000u)}; }
 };
 
 using Half = Vec;
