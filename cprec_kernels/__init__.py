@@ -1,6 +1,6 @@
 """Fused kernels for compressed next-item recommenders: block embeddings, clustered softmax, exact top-N (CpRec)."""
 
-from . import functional, nn, optim
+from . import functional, nn, optim, planning
 from ._backend import BackendError, backend_of, get_backend, set_backend, use_backend
 from ._native import available_cpu_isas, cpu_isa, release_memory, set_cpu_isa
 from ._version import __version__
@@ -19,6 +19,7 @@ __all__ = [
     "get_backend",
     "nn",
     "optim",
+    "planning",
     "release_memory",
     "set_backend",
     "set_cpu_isa",

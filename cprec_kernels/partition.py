@@ -11,7 +11,10 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 MAX_CLUSTERS = 8
 
@@ -108,6 +111,48 @@ class Partition:
             if not 0.0 < fraction < 1.0:
                 raise ValueError(f"fractions[{i}] = {fraction} is outside (0, 1)")
         return cls(num_items, [round(fraction * num_items) for fraction in fractions], ranks, embedding_dim)
+
+    @classmethod
+    def from_counts(
+        cls,
+        counts: npt.ArrayLike,
+        embedding_dim: int,
+        *,
+        max_parameters: float | None = None,
+        compression: float | None = None,
+        max_train_ms: float | None = None,
+        max_topk_ms: float | None = None,
+        objective: str = "balanced",
+        max_clusters: int = 5,
+        **options: Any,
+    ) -> Partition:
+        """The partition that is predicted to lose least under one budget; :func:`cprec_kernels.planning.plan` says more.
+
+        Args:
+            counts: (K,) integers or floats, how often every item was seen, not increasing.
+            max_parameters, compression, max_train_ms, max_topk_ms: exactly one of them. The parameters of embedding and
+                softmax together, the factor by which they are to be fewer than those of one cluster at full rank, the
+                predicted time of a training step or of a search.
+            objective: "balanced" weighs quality and speed, "quality" looks at quality alone, "speed" mostly at speed.
+            max_clusters: 1..8.
+            options: see :class:`cprec_kernels.planning.Planner`: ranks, machine, tokens, rows.
+
+        Raises:
+            TypeError, ValueError: counts or options that are refused.
+            cprec_kernels.planning.BudgetError: (a ValueError) nothing fits; it has the smallest budget possible.
+
+        Example:
+            >>> Partition.from_counts([900, 500, 20, 3, 2, 1, 1, 1, 1, 0], 8, compression=1.5).num_items
+            10
+        """
+        from cprec_kernels.planning import plan
+
+        budget = {
+            "max_parameters": max_parameters, "compression": compression,
+            "max_train_ms": max_train_ms, "max_topk_ms": max_topk_ms,
+        }  # fmt: skip
+        found = plan(counts, embedding_dim, objective=objective, max_clusters=max_clusters, **budget, **options)
+        return found.partition
 
     @property
     def num_clusters(self) -> int:

@@ -36,7 +36,8 @@ def test_the_commands_in_the_readme_exist():
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/gpu-status.md", "docs/topk.md"]
+    "name",
+    ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/gpu-status.md", "docs/planning.md", "docs/topk.md"],
 )
 def test_links_between_documents_lead_somewhere(name):
     path = ROOT / name
@@ -69,6 +70,25 @@ def test_the_performance_page_is_the_one_its_result_files_give(tmp_path):
         assert page.read_text(encoding="utf-8") == (tmp_path / "performance.md").read_text(encoding="utf-8")
         for image in (tmp_path / "images").glob("*.png"):
             assert (ROOT / "docs/images" / image.name).exists()
+
+
+def test_the_paper_page_is_the_one_its_tables_give(tmp_path):
+    from benchmarks.paper.page import write_page
+
+    tables = ROOT / "benchmarks/results/paper"
+    page = ROOT / "docs/paper.md"
+    assert page.exists() == bool(list(tables.glob("table-*.json"))), "docs/paper.md is made of benchmarks/results/paper"
+    if page.exists():
+        write_page(tables, tmp_path / "paper.md")
+        assert page.read_text(encoding="utf-8") == (tmp_path / "paper.md").read_text(encoding="utf-8")
+        for image in (tmp_path / "images").glob("*.png"):
+            assert (ROOT / "docs/images" / image.name).exists()
+
+
+def test_the_python_on_the_planning_page_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/planning.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(code, "docs/planning.md", "exec"), {})
+    assert "times fewer parameters" in capsys.readouterr().out
 
 
 def test_the_page_of_compiled_kernels_is_the_one_its_record_gives():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +10,7 @@ import typer
 from cprec.cli_options import (
     Block,
     BlockKind,
+    Compression,
     Cutoffs,
     Dilations,
     Dim,
@@ -28,17 +27,21 @@ from cprec.cli_options import (
     Sharing,
     SharingKind,
     Smoothing,
+    SoftmaxCutoffs,
+    SoftmaxRanks,
     SparseEmbedding,
     Split,
     TailBias,
     Twin,
+    check_json,
     make_model_config,
+    print_rich,
     whole_numbers,
+    write_json_file,
 )
+from cprec.cli_plan import plan
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from cprec.data import PreparedData, Progress
 
 app = typer.Typer(
@@ -51,31 +54,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-
-def _print(*renderables: RenderableType) -> None:
-    from rich.console import Console
-
-    console = Console()
-    for renderable in renderables:
-        console.print(renderable)
-
-
-def _write_json(target: Path | None, values: Any) -> None:
-    if target is None:
-        return
-    if str(target) == "-":
-        sys.stdout.write(json.dumps(values, indent=2) + "\n")
-        return
-    from cprec.files import write_json
-
-    write_json(target, values)
-
-
-def _check_json(target: Path | None) -> None:
-    """Refuse a place that cannot be written before the work is done, not after."""
-    if target is not None and str(target) != "-" and not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent}: no such directory to write {target.name} in")
 
 
 def _check_device(name: str | None) -> str | None:
@@ -198,8 +176,11 @@ def info(
         Path, typer.Argument(help="A run or exported folder, or prepared data with the model options below.")
     ],
     dim: Dim = 64,
-    cutoffs: Cutoffs = "0.05,0.2",
+    cutoffs: Cutoffs = None,
     ranks: Ranks = None,
+    softmax_cutoffs: SoftmaxCutoffs = None,
+    softmax_ranks: SoftmaxRanks = None,
+    compression: Compression = None,
     twin: Twin = False,
     dilations: Dilations = "1,4",
     repeats: Repeats = 2,
@@ -218,7 +199,7 @@ def info(
     from cprec.data import PreparedData, summarise
     from cprec.report import parameter_table
 
-    _check_json(json_file)
+    check_json(json_file)
     if (path / checkpoint.CONFIG_NAME).is_file():
         config, _ = checkpoint.read_config(path)
     else:
@@ -226,13 +207,17 @@ def info(
         if str(json_file) != "-":
             typer.echo(f"{summarise(data)}\n")
         config = make_model_config(
-            data.num_items, dim, cutoffs, ranks, twin, dilations=dilations, repeats=repeats, kernel_size=kernel_size,
+            data.counts, dim, cutoffs, ranks, twin, compression=compression, softmax_cutoffs=softmax_cutoffs,
+            softmax_ranks=softmax_ranks, dilations=dilations, repeats=repeats, kernel_size=kernel_size,
             block=str(block), sharing=str(sharing), head_bias=head_bias, tail_bias=tail_bias,
         )  # fmt: skip
     table = parameter_table(config)
     if str(json_file) != "-":
-        _print(table.render())
-    _write_json(json_file, table.to_dict())
+        print_rich(table.render())
+    write_json_file(json_file, table.to_dict())
+
+
+app.command()(plan)
 
 
 @app.command()
@@ -240,8 +225,11 @@ def train(
     data: Annotated[Path, typer.Argument(help="Prepared folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder to write.")],
     dim: Dim = 64,
-    cutoffs: Cutoffs = "0.05,0.2",
+    cutoffs: Cutoffs = None,
     ranks: Ranks = None,
+    softmax_cutoffs: SoftmaxCutoffs = None,
+    softmax_ranks: SoftmaxRanks = None,
+    compression: Compression = None,
     twin: Twin = False,
     dilations: Dilations = "1,4",
     repeats: Repeats = 2,
@@ -274,6 +262,8 @@ def train(
 ) -> None:
     """Train a NextItNet; stop early on validation NDCG@10; evaluate the best weights.
 
+    Clusters are those of --cutoffs and --ranks, or planned from item counts with --compression (see `cprec plan`).
+
     The run folder holds config.json, weights.safetensors, metrics.json, curve.png and logs. A run that was killed goes
     on with the same command and --resume.
     """
@@ -283,7 +273,8 @@ def train(
 
     prepared: PreparedData = PreparedData.open(data)
     model_config = make_model_config(
-        prepared.num_items, dim, cutoffs, ranks, twin, dilations=dilations, repeats=repeats, kernel_size=kernel_size,
+        prepared.counts, dim, cutoffs, ranks, twin, compression=compression, softmax_cutoffs=softmax_cutoffs,
+        softmax_ranks=softmax_ranks, dilations=dilations, repeats=repeats, kernel_size=kernel_size,
         block=str(block), sharing=str(sharing), dropout=dropout, label_smoothing=label_smoothing, head_bias=head_bias,
         tail_bias=tail_bias, sparse_embedding=sparse_embedding,
     )  # fmt: skip
@@ -294,11 +285,14 @@ def train(
         devices=int(devices) if devices.isdecimal() else devices, strategy=strategy, workers=workers,
         checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    compression = model_config.twin().num_parameters / model_config.num_parameters
+    times = model_config.twin().num_parameters / model_config.num_parameters
     typer.echo(
         f"{prepared.name}: {prepared.num_items:,} items; {model_config.num_parameters:,} parameters, "
-        f"{compression:.2f} times fewer than the uncompressed twin"
+        f"{times:.2f} times fewer than the uncompressed twin"
     )
+    if compression is not None:
+        partition = model_config.input_partition
+        typer.echo(f"planned: cutoffs {list(partition.cutoffs)}, ranks {list(partition.ranks)}")
     result = train_model(
         prepared, model_config, training_config, out, resume=resume, overwrite=overwrite, progress=not quiet
     )
@@ -306,7 +300,7 @@ def train(
         f"best of {len(result.history)} epochs: {result.best_epoch + 1}, {result.epoch_seconds:.1f} s per epoch; "
         f"weights, metrics.json and curve.png are in {out}"
     )
-    _print(result.test.table())
+    print_rich(result.test.table())
     typer.echo(f"next: cprec recommend {out} HISTORIES --out top.csv, or cprec export {out} --out MODEL")
 
 
@@ -326,7 +320,7 @@ def evaluate(
     from cprec.evaluation import evaluate as evaluate_model
     from cprec.run_folder import RunConfig
 
-    _check_json(json_file)
+    check_json(json_file)
     device = _check_device(device)
     config = RunConfig.read(run)
     cuts = whole_numbers(topn, "--topn")
@@ -336,8 +330,8 @@ def evaluate(
         device=device, progress=not quiet,
     )  # fmt: skip
     if str(json_file) != "-":
-        _print(report.table())
-    _write_json(json_file, report.to_dict())
+        print_rich(report.table())
+    write_json_file(json_file, report.to_dict())
 
 
 @app.command()

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import enum
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from rich.console import RenderableType
+
     from cprec.model import NextItNetConfig
+
+DEFAULT_CUTOFFS = "0.05,0.2"
 
 
 class Sharing(enum.StrEnum):
@@ -45,6 +53,21 @@ class Ids(enum.StrEnum):
     integer = "integer"
 
 
+class Objective(enum.StrEnum):
+    """What a plan makes least."""
+
+    balanced = "balanced"
+    quality = "quality"
+    speed = "speed"
+
+
+class Machine(enum.StrEnum):
+    """Whose rates predict times."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
 class Part(enum.StrEnum):
     """Held-out parts."""
 
@@ -55,10 +78,10 @@ class Part(enum.StrEnum):
 # Options that train and info share.
 Dim = Annotated[int, typer.Option("--dim", help="Width d of the model.", rich_help_panel="Model")]
 Cutoffs = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Where the catalogue, sorted by frequency, is cut: item numbers (500,4000) or fractions of it (0.05,0.2). "
-        "'none' for one cluster.",
+        "'none' for one cluster. Default: 0.05,0.2.",
         rich_help_panel="Model",
     ),
 ]
@@ -67,6 +90,22 @@ Ranks = Annotated[
     typer.Option(help="Columns kept per cluster, falling, one more than cutoffs. Default: d, d/4, d/16, ...",
                  rich_help_panel="Model"),
 ]  # fmt: skip
+SoftmaxCutoffs = Annotated[
+    str | None,
+    typer.Option(help="Other cutoffs for the softmax alone. Default: those of --cutoffs.", rich_help_panel="Model"),
+]
+SoftmaxRanks = Annotated[
+    str | None,
+    typer.Option(help="Other ranks for the softmax alone. Default: those of --ranks.", rich_help_panel="Model"),
+]
+Compression = Annotated[
+    float | None,
+    typer.Option(
+        help="Choose cutoffs and ranks from item counts, for at least so many times fewer parameters than the twin "
+        "(`cprec plan` shows what that costs). Instead of --cutoffs and --ranks.",
+        rich_help_panel="Model",
+    ),
+]
 Twin = Annotated[
     bool, typer.Option("--twin", help="The uncompressed model: one cluster, full rank.", rich_help_panel="Model")
 ]
@@ -94,7 +133,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file ('-': print them).")]
 
 
-def _numbers(text: str, option: str) -> list[int | float]:
+def numbers(text: str, option: str) -> list[int | float]:
     """A comma-separated list: all integers, or all with a point."""
     values: list[int | float] = []
     for part in text.split(","):
@@ -107,30 +146,94 @@ def _numbers(text: str, option: str) -> list[int | float]:
 
 def whole_numbers(text: str, option: str) -> list[int]:
     """A comma-separated list of whole numbers."""
-    values = _numbers(text, option)
+    values = numbers(text, option)
     if fractional := [value for value in values if isinstance(value, float)]:
         raise typer.BadParameter(f"{fractional[0]} in {text!r} is not a whole number", param_hint=option)
     return [int(value) for value in values]
 
 
 def make_model_config(
-    num_items: int, dim: int, cutoffs: str, ranks: str | None, twin: bool, **options: Any
+    counts: npt.NDArray[np.int64],
+    dim: int,
+    cutoffs: str | None,
+    ranks: str | None,
+    twin: bool,
+    *,
+    compression: float | None = None,
+    softmax_cutoffs: str | None = None,
+    softmax_ranks: str | None = None,
+    **options: Any,
 ) -> NextItNetConfig:
-    """A model configuration from what was typed."""
+    """A model configuration from what was typed, for a catalogue with these training counts (K,)."""
     from cprec.model import NextItNetConfig
+    from cprec.planning import plan_model
 
+    num_items = len(counts)
     options["dilations"] = tuple(whole_numbers(options["dilations"], "--dilations"))
+    of_softmax = {"--softmax-cutoffs": softmax_cutoffs, "--softmax-ranks": softmax_ranks}
+    if compression is not None:
+        given = {"--cutoffs": cutoffs, "--ranks": ranks, **of_softmax, "--twin": twin or None}
+        if conflicts := [option for option, value in given.items() if value is not None]:
+            raise ValueError(
+                f"--compression {compression:g} chooses cutoffs and ranks itself: leave out {' and '.join(conflicts)}, "
+                "or leave out --compression"
+            )
+        model = NextItNetConfig.from_plan(num_items, dim, **options)
+        return plan_model(model, counts, compression).config
     if twin:
+        if conflicts := [option for option, value in of_softmax.items() if value is not None]:
+            raise ValueError(f"--twin has one cluster in both tables: leave out {' and '.join(conflicts)}")
         cutoffs, ranks = "none", None
-    cuts = [] if cutoffs in ("none", "") else _numbers(cutoffs, "--cutoffs")
-    falling = [max(1, dim >> 2 * j) for j in range(len(cuts) + 1)]
-    columns = falling if ranks is None else whole_numbers(ranks, "--ranks")
+    cutoffs = DEFAULT_CUTOFFS if cutoffs is None else cutoffs
+    cuts, columns = _clusters(cutoffs, ranks, dim, "")
+    if softmax_cutoffs is not None or softmax_ranks is not None:
+        options["output_cutoffs"], options["output_ranks"] = _clusters(
+            cutoffs if softmax_cutoffs is None else softmax_cutoffs,
+            ranks if softmax_ranks is None and softmax_cutoffs is None else softmax_ranks,
+            dim,
+            "softmax-",
+        )
     try:
         return NextItNetConfig.from_plan(num_items, dim, cuts, columns, **options)
     except ValueError as error:
         if "cutoffs" not in str(error):
             raise
+        side = "softmax-" if str(error).startswith("output_") else ""
         raise ValueError(
-            f"{error}. --cutoffs {cutoffs} does not suit a catalogue of {num_items:,} items: choose others, or "
-            "--cutoffs none for one cluster"
+            f"{error}. --{side}cutoffs {softmax_cutoffs if side else cutoffs} does not suit a catalogue of {num_items:,} "
+            f"items: choose others, or --{side}cutoffs none for one cluster"
         ) from None
+
+
+def _clusters(cutoffs: str, ranks: str | None, dim: int, side: str) -> tuple[list[int | float], list[int]]:
+    """Cutoffs and ranks from what was typed; ranks fall by a factor of 4 from the width when none were."""
+    cuts = [] if cutoffs in ("none", "") else numbers(cutoffs, f"--{side}cutoffs")
+    falling = [max(1, dim >> 2 * j) for j in range(len(cuts) + 1)]
+    return cuts, falling if ranks is None else whole_numbers(ranks, f"--{side}ranks")
+
+
+def print_rich(*renderables: RenderableType) -> None:
+    """Print tables and text as wide as the terminal is."""
+    from rich.console import Console
+
+    console = Console()
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def check_json(target: Path | None) -> None:
+    """Refuse a place that cannot be written before the work is done, not after."""
+    if target is not None and str(target) != "-" and not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: no such directory to write {target.name} in")
+
+
+def write_json_file(target: Path | None, values: Any) -> None:
+    """``values`` where --json says: nowhere, on standard output ('-'), or in a file."""
+    if target is None:
+        return
+    if str(target) == "-":
+        sys.stdout.write(json.dumps(values, indent=2) + "\n")
+        return
+    from cprec.files import write_json
+
+    write_json(target, values)

@@ -13,29 +13,7 @@ import torch
 
 import cprec
 from cprec import checkpoint
-from cprec.__main__ import main
 from cprec.data import generate, write_interactions
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Call ``cprec`` in this process; gives exit code, standard output and standard error."""
-
-    def call(*arguments, expect=0):
-        monkeypatch.setattr(sys, "argv", ["cprec", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            if isinstance(stop.code, str):
-                print(stop.code, file=sys.stderr)
-            code = 1 if isinstance(stop.code, str) else int(stop.code or 0)
-        out, err = capfd.readouterr()
-        assert code == expect, f"exit {code}\n{out}\n{err}"
-        return out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +45,7 @@ def trained(tmp_path_factory, interactions):
 
 def test_help_names_every_command(run):
     out, _ = run("--help")
-    for command in ("demo", "prepare", "info", "train", "evaluate", "recommend", "export"):
+    for command in ("demo", "prepare", "info", "plan", "train", "evaluate", "recommend", "export"):
         assert f" {command} " in out
     assert run("--version")[0].strip() == f"cprec {cprec.__version__}"
 

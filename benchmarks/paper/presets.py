@@ -1,0 +1,100 @@
+"""How much of the paper's tables is run: ``full`` answers, ``quick`` shows that everything works, ``tiny`` is for tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+SHARINGS = ("none", "cross-layer", "cross-block", "adjacent-layer", "adjacent-block")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One way to run the tables.
+
+    Args:
+        dim, dilations, repeats: of every NextItNet. batch_size, epochs, patience: of every training run.
+        seeds: the first one also tunes. lengths: L in table 1, main_length in all others.
+        compression: that the planner is asked for.
+        grid: values to try per setting ("dropout", "learning_rate", "weight_decay"), one setting after the other, the
+            first value of each to begin with; chosen by validation NDCG@10, for every model alike.
+        sharings, clusters: of tables 2 and 3. both_tables: table 2 without block decomposition too.
+        sizes: catalogues of table 5. rounds, search_rounds: timed steps and searches per contender.
+    """
+
+    name: str
+    dim: int = 64
+    dilations: tuple[int, ...] = (1, 4)
+    repeats: int = 2
+    batch_size: int = 128
+    epochs: int
+    patience: int
+    seeds: tuple[int, ...]
+    lengths: tuple[int, ...]
+    main_length: int = 20
+    compression: float
+    grid: dict[str, tuple[float, ...]]
+    sharings: tuple[str, ...]
+    both_tables: bool
+    clusters: tuple[int, ...]
+    sizes: tuple[int, ...]
+    rounds: int
+    search_rounds: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+# A step of the uncompressed twin on Amazon Beauty takes half a second on two cores and its epoch over two minutes: one epoch
+# of few models is what fifteen minutes hold.
+QUICK = Preset(
+    name="quick",
+    epochs=1,
+    patience=0,
+    seeds=(0,),
+    lengths=(20,),
+    compression=6.0,
+    grid={"dropout": (0.2,), "learning_rate": (1e-3,), "weight_decay": (0.01,)},
+    sharings=("none", "adjacent-block"),
+    both_tables=False,
+    clusters=(1, 3),
+    sizes=(10_000, 100_000, 1_000_000),
+    rounds=5,
+    search_rounds=30,
+)
+FULL = Preset(
+    name="full",
+    epochs=60,
+    patience=4,
+    seeds=(0, 1, 2),
+    lengths=(10, 20, 50, 100),
+    compression=6.0,
+    grid={"dropout": (0.2, 0.0, 0.5), "learning_rate": (1e-3, 3e-3), "weight_decay": (0.01, 0.1)},
+    sharings=SHARINGS,
+    both_tables=True,
+    clusters=(1, 2, 3, 4, 5),
+    sizes=(10_000, 100_000, 1_000_000, 10_000_000),
+    rounds=20,
+    search_rounds=200,
+)
+TINY = Preset(
+    name="tiny",
+    dim=8,
+    dilations=(1,),
+    repeats=1,
+    epochs=1,
+    patience=0,
+    seeds=(0, 1),
+    lengths=(4,),
+    main_length=4,
+    compression=1.3,
+    grid={"dropout": (0.0, 0.2), "learning_rate": (1e-3,), "weight_decay": (0.01,)},
+    sharings=("none", "cross-block"),
+    both_tables=True,
+    clusters=(1, 2),
+    sizes=(300, 600),
+    rounds=2,
+    search_rounds=2,
+)
+PRESETS = {preset.name: preset for preset in (QUICK, FULL, TINY)}

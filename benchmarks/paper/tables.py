@@ -1,0 +1,299 @@
+"""The tables: which models each one trains and measures, and the rows they make."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.paper.presets import Preset
+from benchmarks.paper.speed import TWIN, measure_models, measure_search, missing_for_search
+from benchmarks.paper.store import Store
+from benchmarks.paper.table import Row, Table
+from benchmarks.run import Provenance
+from cprec import checkpoint
+from cprec.data import PreparedData
+from cprec.evaluation import EvaluationReport
+from cprec.model import NextItNet, NextItNetConfig
+from cprec.planning import plan_model
+from cprec.training import MONITOR, TrainingConfig, train
+from cprec_kernels import Partition
+from cprec_kernels.planning import Planner
+
+MODEL_SETTINGS = ("dropout",)  # of the grid; the others are of training
+BLIND = ((0.05, 0.2), 4)  # cuts at fractions of the catalogue, ranks divided by 4, as one would guess
+ZIPF_INTERACTIONS = 20  # per item, in the catalogues of table 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished training run: its settings and what :meth:`cprec.training.RunResult.to_dict` said."""
+
+    settings: dict[str, Any]
+    result: dict[str, Any]
+
+    @property
+    def validation(self) -> float:
+        return float(self.result["validation"]["model"][MONITOR])
+
+
+class Bench:
+    """Runs what the tables ask for, unless it is there already."""
+
+    def __init__(self, store: Store, preset: Preset, data: PreparedData | None, tell: Callable[[str], None]) -> None:
+        self.store, self.preset, self._data, self.tell = store, preset, data, tell
+
+    @property
+    def data(self) -> PreparedData:
+        if self._data is None:
+            raise BenchmarkError("this table needs prepared data: pass --data FOLDER, as `cprec prepare` leaves it")
+        return self._data
+
+    # Models
+
+    def model(self, partition: Partition | None = None, **options: Any) -> NextItNetConfig:
+        """A model of the preset with a partition for both of its tables; uncompressed without one."""
+        preset = self.preset
+        config = NextItNetConfig.from_plan(
+            self.data.num_items, preset.dim, dilations=preset.dilations, repeats=preset.repeats, **options
+        )
+        if partition is None:
+            return config
+        return dataclasses.replace(config, input_partition=partition, output_partition=partition)
+
+    def planned(self, **options: Any) -> NextItNetConfig:
+        """The model that the planner makes of the preset's compression."""
+        return plan_model(self.model(), self.data.counts, self.preset.compression, **options).config
+
+    def train(self, model: NextItNetConfig, length: int, seed: int, **chosen: float) -> Trained:
+        """A training run; ``chosen`` are settings of the grid."""
+        preset = self.preset
+        ours: dict[str, Any] = {name: chosen[name] for name in MODEL_SETTINGS if name in chosen}
+        model = dataclasses.replace(model, **ours)
+        training = TrainingConfig(
+            length=length, batch_size=preset.batch_size, epochs=preset.epochs, patience=preset.patience, seed=seed,
+            accelerator="cpu", devices=1,
+            **{name: value for name, value in chosen.items() if name not in MODEL_SETTINGS},  # type: ignore[arg-type]
+        )  # fmt: skip
+        settings = {"data": self.data.fingerprint, "model": model.to_dict(), "training": training.to_dict()}
+
+        def run() -> dict[str, Any]:
+            folder = self.store.work("train", settings)
+            self.tell(f"training {model.num_parameters:,} parameters, L = {length}, seed {seed}, {chosen}")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            finished = train(
+                self.data, model, training, folder, resume=(folder / "config.json").is_file(), progress=False
+            )
+            shutil.rmtree(folder / "last", ignore_errors=True)  # the state to resume from is three times the weights
+            return finished.to_dict()
+
+        return Trained(settings, self.store.get_or_run("train", settings, run))
+
+    def tune(self, model: NextItNetConfig) -> dict[str, float]:
+        """The settings of the grid with the best validation NDCG@10 at the main length, found one after the other."""
+        grid, preset = self.preset.grid, self.preset
+        chosen = {name: values[0] for name, values in grid.items()}
+        for name, values in grid.items():
+            if len(values) > 1:
+                scores = {
+                    value: self.train(model, preset.main_length, preset.seeds[0], **chosen | {name: value}).validation
+                    for value in values
+                }
+                chosen[name] = max(scores, key=lambda value: scores[value])
+        return chosen
+
+    def load(self, run: Trained) -> NextItNet:
+        """The trained model. Raises BenchmarkError when only its figures are left."""
+        folder = self.store.work("train", run.settings)
+        try:
+            return checkpoint.load(folder)
+        except (OSError, ValueError) as error:
+            path = self.store.path("train", run.settings)
+            raise BenchmarkError(
+                f"the weights of a finished run cannot be read ({error}); delete {path} and {folder} to train again"
+            ) from None
+
+    def row(
+        self, group: str, label: str, model: NextItNetConfig, length: int, chosen: dict[str, float], baseline: str = ""
+    ) -> tuple[Row, list[Trained]]:
+        """A row with the test metrics of all seeds."""
+        runs = [self.train(model, length, seed, **chosen) for seed in self.preset.seeds]
+        twin = model.twin().num_parameters
+        row = Row(group, label, baseline, model.num_parameters, len(runs))
+        row.metrics = _columns([run.result["test"]["model"] for run in runs])
+        row.figures = {
+            "compression": twin / model.num_parameters,
+            "middle_parameters": float(model.backbone_parameters),
+            "epoch_s": float(np.mean([run.result["epoch_seconds"] for run in runs])),
+            "epochs": float(np.mean([run.result["epochs"] for run in runs])),
+        }
+        inputs, outputs = model.input_partition, model.output_partition
+        row.settings = {"cutoffs": list(inputs.cutoffs), "ranks": list(inputs.ranks), **chosen}
+        if outputs != inputs:
+            row.settings |= {"softmax_cutoffs": list(outputs.cutoffs), "softmax_ranks": list(outputs.ranks)}
+        return row, runs
+
+    def popularity(self, group: str, run: Trained) -> Row:
+        """The popularity baseline: it ranks every item at its number, the same for every seed."""
+        report = EvaluationReport.from_dict(run.result["test"])
+        return Row(group, "popularity", metrics=_columns([report.popularity.to_dict()]))
+
+    def speed(self, twin: Trained, models: dict[str, Trained], length: int) -> dict[str, Any]:
+        """Times of steps and searches, see :func:`benchmarks.paper.speed.measure_models`."""
+        preset = self.preset
+        settings = {
+            "twin": twin.settings, "models": {label: run.settings for label, run in models.items()},
+            "rounds": preset.rounds, "search_rounds": preset.search_rounds,
+        }  # fmt: skip
+
+        def run() -> dict[str, Any]:
+            self.tell(f"timing steps and searches, L = {length}")
+            loaded = {label: self.load(run) for label, run in models.items()}
+            return measure_models(
+                self.load(twin), loaded, self.data, length, preset.batch_size, preset.rounds, preset.search_rounds
+            )
+
+        return self.store.get_or_run("speed", settings, run)
+
+
+def _columns(results: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [result[name] for result in results] for name in results[0]}
+
+
+def _epochs_to_reach(goals: Sequence[Trained], runs: Sequence[Trained]) -> float | None:
+    """Mean number of epochs until a run's validation reaches the best of the goal of its seed; None if one never does."""
+    needed = []
+    for goal, run in zip(goals, runs, strict=True):
+        best = max(record["validation"][MONITOR] for record in goal.result["history"])
+        reached = [record["epoch"] + 1 for record in run.result["history"] if record["validation"][MONITOR] >= best]
+        if not reached:
+            return None
+        needed.append(reached[0])
+    return float(np.mean(needed))
+
+
+# Tables: each adds rows one by one and says after every one that there is more to keep
+
+
+def twin_and_compressed(bench: Bench, add: Callable[[Row], None]) -> None:
+    """Table 1: at every length, the popularity baseline, the twin and the planned model, tuned alike."""
+    contenders = {"twin": bench.model(), "compressed": bench.planned()}
+    chosen = {label: bench.tune(model) for label, model in contenders.items()}
+    for length in bench.preset.lengths:
+        group = f"L = {length}"
+        rows, runs = {}, {}
+        for label, model in contenders.items():
+            baseline = "twin" if label != "twin" else ""
+            rows[label], runs[label] = bench.row(group, label, model, length, chosen[label], baseline)
+        add(bench.popularity(group, runs["twin"][0]))
+        times = bench.speed(runs["twin"][0], {"compressed": runs["compressed"][0]}, length)
+        for label, row in rows.items():
+            name = TWIN if label == "twin" else label
+            row.figures |= {kind: times[kind][name]["median_ms"] for kind in ("step_ms", "topk_ms")}
+            if times["index_ms"]:
+                row.figures["index_ms"] = times["index_ms"][name]["median_ms"]
+            row.figures["timed_epoch_s"] = row.figures["step_ms"] * times["steps"] / 1e3
+            if (needed := _epochs_to_reach(runs["twin"], runs[label])) is not None:
+                row.figures["to_metric_s"] = needed * row.figures["timed_epoch_s"]
+            if label == "twin":
+                row.settings["timed_as"] = times["note"]
+            add(row)
+
+
+def sharing_schemes(bench: Bench, add: Callable[[Row], None]) -> None:
+    """Table 2: every sharing scheme, on compressed tables and, where the preset says so, on plain ones."""
+    bases = {"compressed": bench.planned()}
+    if bench.preset.both_tables:
+        bases = {"twin": bench.model(), **bases}
+    for name, base in bases.items():
+        chosen = bench.tune(base)
+        for sharing in bench.preset.sharings:
+            model = dataclasses.replace(base, sharing=sharing)  # type: ignore[arg-type]
+            baseline = "none" if sharing != "none" else ""
+            add(bench.row(f"{name} tables", sharing, model, bench.preset.main_length, chosen, baseline)[0])
+
+
+def clusters_and_ranks(bench: Bench, add: Callable[[Row], None]) -> None:
+    """Table 3: planned for loss alone with at most so many clusters; planned as usual; cut blindly."""
+    group, length = f"L = {bench.preset.main_length}", bench.preset.main_length
+    chosen = bench.tune(bench.planned())
+    add(bench.row(group, "twin", bench.model(), length, bench.tune(bench.model()))[0])
+    for label, options in (
+        ("planned", {}),
+        *((f"at most {count}, by loss", {"max_clusters": count, "objective": "quality"}) for count in bench.preset.clusters),
+    ):  # fmt: skip
+        add(bench.row(group, label, bench.planned(**options), length, chosen, "twin")[0])
+    fractions, divisor = BLIND
+    ranks = [max(1, bench.preset.dim // divisor**j) for j in range(len(fractions) + 1)]
+    blind = Partition.from_fractions(bench.data.num_items, fractions, ranks, bench.preset.dim)
+    label = f"cut at {' and '.join(f'{fraction:.0%}' for fraction in fractions)}"
+    add(bench.row(group, label, bench.model(blind), length, chosen, "twin")[0])
+
+
+def tables_compressed(bench: Bench, add: Callable[[Row], None]) -> None:
+    """Table 4: neither table, the embedding, the softmax, both."""
+    group, length = f"L = {bench.preset.main_length}", bench.preset.main_length
+    plain, planned = bench.model(), bench.planned()
+    models = {
+        "neither": plain,
+        "embedding": dataclasses.replace(plain, input_partition=planned.input_partition),
+        "softmax": dataclasses.replace(plain, output_partition=planned.output_partition),
+        "both": planned,
+    }
+    tuned = {label: bench.tune(model) for label, model in (("neither", plain), ("both", planned))}
+    for label, model in models.items():
+        chosen = tuned["neither" if label == "neither" else "both"]
+        add(bench.row(group, label, model, length, chosen, "neither" if label != "neither" else "")[0])
+
+
+def search_by_size(bench: Bench, add: Callable[[Row], None]) -> None:
+    """Table 5: top-10 of one row over generated catalogues with Zipf counts, planned for the preset's compression."""
+    preset = bench.preset
+    for size in preset.sizes:
+        counts = np.floor(ZIPF_INTERACTIONS * size / np.log(size) / np.arange(1, size + 1))
+        plan = Planner(counts, preset.dim).plan(compression=preset.compression)
+        settings = {"partition": plan.partition.to_dict(), "rounds": preset.search_rounds}
+        row = Row(f"{size:,} items", "compressed", parameters=plan.prediction.parameters)
+        row.settings = {"cutoffs": list(plan.partition.cutoffs), "ranks": list(plan.partition.ranks)}
+        row.figures = {"items": float(size), "compression": plan.compression}
+        if bench.store.get("search", settings) is None and (reason := missing_for_search(size, preset.dim)):
+            row.settings["skipped"] = reason
+        else:
+            bench.tell(f"searching {size:,} generated items")
+            times = bench.store.get_or_run(
+                "search", settings, lambda plan=plan: measure_search(plan.partition, preset.search_rounds)  # type: ignore[misc]
+            )  # fmt: skip
+            row.figures |= {f"{name}_ms": timing["median_ms"] for name, timing in times.items()}
+        add(row)
+
+
+TABLES = {1: twin_and_compressed, 2: sharing_schemes, 3: clusters_and_ranks, 4: tables_compressed, 5: search_by_size}
+GENERATED = frozenset({5})  # tables that need no data
+
+
+def run_table(
+    number: int, store: Store, preset: Preset, data: PreparedData | None, tell: Callable[[str], None]
+) -> Table:
+    """Make one table; its file is rewritten after every row."""
+    bench = Bench(store, preset, None if number in GENERATED else data, tell)
+    about: dict[str, Any] = {}
+    if number not in GENERATED:
+        sizes = bench.data.meta["sizes"]
+        about = {
+            "name": bench.data.name, "fingerprint": bench.data.fingerprint, "users": sizes["users"],
+            "items": sizes["items"], "interactions": sizes["train_interactions"],
+        }  # fmt: skip
+    table = Table(number, about, preset.to_dict(), dataclasses.asdict(Provenance.here()))
+
+    def add(row: Row) -> None:
+        table.rows.append(row)
+        table.write(store.folder)
+
+    TABLES[number](bench, add)
+    table.complete = True
+    table.write(store.folder)
+    return table

@@ -1,0 +1,315 @@
+"""``python -m benchmarks.paper``: the tiny preset end to end, going on after a stop, and the page it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.paper import speed, tables
+from benchmarks.paper.cli import main
+from benchmarks.paper.page import cell, page, verdict, write_page
+from benchmarks.paper.presets import PRESETS, TINY
+from benchmarks.paper.store import Store
+from benchmarks.paper.table import T_QUANTILES, TITLES, Row, Table, compare, read_table, read_tables
+from cprec.data import PreparedData, prepare_synthetic
+from cprec.evaluation import evaluate
+from cprec.model import NextItNet, NextItNetConfig
+
+
+def call(capfd, *arguments, expect=0):
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, arguments)])
+    out, err = capfd.readouterr()
+    assert int(stop.value.code or 0) == expect, f"{out}\n{err}"
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paper") / "data"
+    prepare_synthetic(folder, 300, 120, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(data, tmp_path_factory):
+    """All tables of the tiny preset."""
+    out = tmp_path_factory.mktemp("paper") / "results"
+    with pytest.raises(SystemExit) as stop:
+        main(["--preset", "tiny", "--data", str(data), "--out", str(out)])
+    assert not stop.value.code
+    return out
+
+
+def never(*arguments, **options):
+    raise AssertionError("this run is there already")
+
+
+# The tables
+
+
+def test_every_table_is_there_with_its_baselines(results, data):
+    found = {table.number: table for table in read_tables(results)}
+    assert found.keys() == TITLES.keys()
+    assert all(table.complete for table in found.values())
+    rows = {number: {(row.group, row.label): row for row in table.rows} for number, table in found.items()}
+    assert set(rows[1]) == {("L = 4", label) for label in ("popularity", "twin", "compressed")}
+    assert set(rows[2]) == {(f"{kind} tables", name) for kind in ("twin", "compressed") for name in TINY.sharings}
+    assert {label for _, label in rows[3]} >= {"twin", "planned", "at most 1, by loss", "cut at 5% and 20%"}
+    assert {label for _, label in rows[4]} == {"neither", "embedding", "softmax", "both"}
+    assert [row.figures["items"] for row in found[5].rows] == list(TINY.sizes)
+    for table in found.values():
+        assert table.preset == json.loads(json.dumps(TINY.to_dict()))
+        for row in table.rows:
+            if row.metrics and row.label != "popularity":
+                assert row.seeds == len(TINY.seeds) == len(row.metrics["ndcg@10"])
+    twin, compressed = rows[1]["L = 4", "twin"], rows[1]["L = 4", "compressed"]
+    assert twin.figures["compression"] == 1.0
+    assert compressed.figures["compression"] >= TINY.compression
+    assert twin.metrics == rows[4]["L = 4", "neither"].metrics
+    for row in (twin, compressed):
+        assert row.figures["timed_epoch_s"] > 0
+        assert row.figures["topk_ms"] > 0
+    assert rows[3]["L = 4", "at most 1, by loss"].settings["cutoffs"] == []
+    embedding = rows[4]["L = 4", "embedding"].settings
+    assert embedding["cutoffs"]
+    assert embedding["softmax_cutoffs"] == []
+
+
+def test_metrics_are_those_of_the_trained_models(results, data):
+    """What a row says of a seed is what evaluating the weights that are there says."""
+    prepared = PreparedData.open(data)
+    bench = tables.Bench(Store(results), TINY, prepared, lambda doing: None)
+    bench_train = bench.train(bench.planned(), 4, 1, **bench.tune(bench.planned()))
+    report = evaluate(bench.load(bench_train), prepared, "test", length=4)
+    row = next(row for row in read_tables(results)[0].rows if row.label == "compressed")
+    assert row.metrics["ndcg@10"][1] == report.model.ndcg[10]
+    popular = next(row for row in read_tables(results)[0].rows if row.label == "popularity")
+    assert popular.metrics["hr@5"] == [report.popularity.hr[5]]
+
+
+def test_tuning_takes_the_best_validation_metric(results, data, monkeypatch):
+    monkeypatch.setattr(tables, "train", never)
+    bench = tables.Bench(Store(results), TINY, PreparedData.open(data), lambda doing: None)
+    for model in (bench.model(), bench.planned()):
+        scores = {
+            dropout: bench.train(model, 4, 0, dropout=dropout, learning_rate=1e-3, weight_decay=0.01).validation
+            for dropout in TINY.grid["dropout"]
+        }
+        chosen = bench.tune(model)
+        assert scores[chosen["dropout"]] == max(scores.values())
+        assert set(chosen) == set(TINY.grid)
+
+
+def test_finished_runs_are_not_made_again(results, data, monkeypatch, capfd):
+    for name in ("train", "measure_models", "measure_search"):
+        monkeypatch.setattr(tables, name, never)
+    before = {path.name: path.read_bytes() for path in (results / "finished").iterdir()}
+    out, _ = call(capfd, "--preset", "tiny", "--data", data, "--out", results)
+    assert "5 tables" in out
+    assert {path.name: path.read_bytes() for path in (results / "finished").iterdir()} == before
+
+
+def test_a_command_that_was_stopped_goes_on(data, tmp_path, monkeypatch, capfd):
+    trained = []
+    train = tables.train
+
+    def two_then_stop(*arguments, **options):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(arguments[3])
+        return train(*arguments, **options)
+
+    arguments = ("--preset", "tiny", "--table", "4", "--data", data, "--out", tmp_path / "out")
+    monkeypatch.setattr(tables, "train", two_then_stop)
+    call(capfd, *arguments, expect=130)
+    finished = {path.name for path in (tmp_path / "out" / "finished").iterdir()}
+    assert len(finished) == 2
+    seen = []
+    monkeypatch.setattr(tables, "train", lambda *args, **options: (seen.append(args[3]), train(*args, **options))[1])
+    out, _ = call(capfd, *arguments)
+    assert "1 tables, 4 rows" in out
+    assert not set(seen) & set(trained)
+
+
+def test_a_damaged_or_foreign_result_is_named_and_kept(tmp_path):
+    store = Store(tmp_path)
+    assert store.get("train", {"a": 1}) is None
+    assert store.get_or_run("train", {"a": 1}, lambda: {"x": 2}) == {"x": 2}
+    assert store.get_or_run("train", {"a": 1}, never) == {"x": 2}
+    path = store.path("train", {"a": 1})
+    assert json.loads(path.read_bytes())["provenance"]["machine"]
+    path.rename(store.path("train", {"a": 2}))
+    with pytest.raises(BenchmarkError, match="holds other settings than its name says: delete it"):
+        store.get("train", {"a": 2})
+    store.path("train", {"a": 2}).write_text("{")
+    with pytest.raises(BenchmarkError, match=r"not a result of benchmarks\.paper: delete it"):
+        store.get("train", {"a": 2})
+
+
+def test_weights_that_are_gone_are_asked_for(results, data):
+    bench = tables.Bench(Store(results), TINY, PreparedData.open(data), lambda doing: None)
+    run = tables.Trained({"never": "trained"}, {})
+    with pytest.raises(BenchmarkError, match=r"the weights of a finished run cannot be read .* to train again"):
+        bench.load(run)
+    with pytest.raises(BenchmarkError, match="this table needs prepared data: pass --data FOLDER"):
+        _ = tables.Bench(Store(results), TINY, None, lambda doing: None).data
+
+
+# Speed
+
+
+def model(**options):
+    return NextItNet(NextItNetConfig.from_plan(50, 8, dilations=(1,), **options)).eval()
+
+
+def test_the_twin_on_torchs_ops_is_the_same_function():
+    twin = model()
+    plain = speed.torch_twin(twin)
+    windows = torch.randint(51, (6, 5))
+    windows[:, -1] = 3
+    windows[:, -2] = 4
+    assert not any(type(module).__module__.startswith("cprec_kernels") for module in plain.modules())
+    expected = twin.loss(windows)
+    for chunk in (None, 4) if hasattr(torch.nn.functional, "linear_cross_entropy") else (None,):
+        plain.softmax.chunk = chunk
+        torch.testing.assert_close(plain.loss(windows), expected)
+    torch.testing.assert_close(plain.topk(windows[:, :-1], 7)[1], twin.topk(windows[:, :-1], 7)[1])
+    with pytest.raises(BenchmarkError, match="only an uncompressed model"):
+        speed.torch_twin(model(cutoffs=[10], ranks=[8, 4]))
+
+
+def test_a_wrong_twin_or_search_is_not_timed(data, monkeypatch):
+    prepared = PreparedData.open(data)
+    config = NextItNetConfig.from_plan(300, 8, dilations=(1,))
+    right = speed.torch_twin
+
+    def off(twin):
+        changed = right(twin)
+        with torch.no_grad():
+            changed.softmax.weight[7] += 1.0
+        return changed
+
+    monkeypatch.setattr(speed, "torch_twin", off)
+    with pytest.raises(BenchmarkError, match="nothing is timed"):
+        speed.measure_models(NextItNet(config), {}, prepared, 4, 8, 1, 1)
+    scores = torch.tensor([[3.0, 2.0, 1.0]])
+    speed._check_scores("same", scores + 5, scores)
+    with pytest.raises(BenchmarkError, match="changed finds items whose scores differ"):
+        speed._check_scores("changed", torch.tensor([[3.0, 2.0, 0.0]]), scores)
+
+
+def test_sizes_beyond_the_memory_are_skipped_with_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed.memory, "available_bytes", lambda: 10_000)
+    monkeypatch.setattr(tables, "measure_search", never)
+    table = tables.run_table(5, Store(tmp_path), TINY, None, lambda doing: None)
+    assert all("GB of memory" in row.settings["skipped"] for row in table.rows)
+    assert "GB of memory" in page([table], tmp_path / "p.md", tmp_path)
+
+
+# What differences are worth
+
+
+def test_compare_knows_noise_from_difference():
+    assert compare([0.5], [0.1, 0.2]) == "one seed"
+    assert compare([0.2, 0.2], [0.2, 0.2]) == "the same"
+    assert compare([0.3, 0.3], [0.2, 0.2]) == "better"
+    assert compare([0.10, 0.11, 0.12], [0.105, 0.115, 0.118]) == "within the noise"
+    assert compare([0.20, 0.21, 0.22], [0.10, 0.11, 0.12]) == "better"
+    assert compare([0.10, 0.11, 0.12], [0.20, 0.21, 0.22]) == "worse"
+
+
+def test_compare_is_wrong_about_as_often_as_it_says():
+    draws = np.random.default_rng(0).standard_normal((2000, 2, 3))
+    wrong = np.mean([compare(ours, theirs) != "within the noise" for ours, theirs in draws])
+    assert 0.015 < wrong < 0.06
+    assert list(T_QUANTILES) == sorted(T_QUANTILES, reverse=True)
+
+
+def test_cells_have_mean_and_deviation():
+    assert cell([0.1, 0.2, 0.3]) == "0.2000 ± 0.1000"
+    assert cell([0.25]) == "0.2500"
+    assert cell([]) == cell(None) == ""
+    base, ours = (Row("g", label, "twin", metrics={"ndcg@10": [value]}) for label, value in (("twin", 0.2), ("x", 0.1)))
+    assert verdict(ours, [base, ours]) == "50.0%: one seed"
+    base.metrics["ndcg@10"] = [0.0]
+    assert verdict(ours, [base, ours]) == "baseline is 0: one seed"
+
+
+# The page
+
+
+def test_the_page_is_written_from_the_tables_alone(results, tmp_path, capfd):
+    for table in read_tables(results):
+        table.write(tmp_path)
+    out, _ = call(capfd, "--report", "--out", tmp_path, "--page", tmp_path / "p.md")
+    assert "5 tables" in out
+    text = (tmp_path / "p.md").read_text(encoding="utf-8")
+    assert text == (results / "paper.md").read_text(encoding="utf-8")
+    for word in ("popularity", "±", "seeds", "within the noise", "times fewer parameters", "Machine: ", "Preset tiny"):
+        assert word in text
+    images = {path.name for path in (tmp_path / "images").iterdir()}
+    assert len(images) == 5
+    assert all(f"images/{name}" in text for name in images)
+    assert str(tmp_path) not in text
+
+
+def test_what_is_absent_is_said_to_be(results, tmp_path, capfd):
+    _, err = call(capfd, "--report", "--out", tmp_path / "nowhere", expect=2)
+    assert "there is no table in" in err
+    table = read_tables(results)[1]
+    table.complete = False
+    table.rows = table.rows[:1]
+    table.write(tmp_path)
+    write_page(tmp_path, tmp_path / "paper.md")
+    text = (tmp_path / "paper.md").read_text(encoding="utf-8")
+    assert text.count("Not run yet: `python -m benchmarks.paper --preset full --table") == 4
+    assert "**Not complete**" in text
+    assert "In short" not in text
+
+
+def test_other_files_are_refused(results, tmp_path):
+    (tmp_path / "table-1-x.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(BenchmarkError, match=r"is not a table of benchmarks\.paper"):
+        read_tables(tmp_path)
+    (tmp_path / "table-1-x.json").write_text('{"schema": 0}', encoding="utf-8")
+    with pytest.raises(BenchmarkError, match="has another schema"):
+        read_tables(tmp_path)
+    table = read_table(results / "table-1-synthetic.json")
+    assert dataclasses.asdict(table) == dataclasses.asdict(read_tables(results)[0])
+    assert Table(1, {"name": "Ab c/d"}, {}, {}).file_name == "table-1-ab-c-d.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "unknown preset 'huge'; there are quick, full, tiny"),
+        (["--table", "6"], "unknown table '6'; there are 1, 2, 3, 4, 5, all"),
+        (["--table", ","], "--table is empty"),
+        ([], "give --data FOLDER"),
+        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--data", "{data}", "--data", "{data}"], "two folders of --data have the same name"),
+        (["--data", "{data}", "--page", "nowhere/p.md"], "no such directory to write p.md in"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_leaves_nothing(data, tmp_path, capfd, arguments, message):
+    _, err = call(capfd, "--out", tmp_path / "out", *(word.format(data=data) for word in arguments), expect=2)
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_presets_ask_what_the_claims_need():
+    full = PRESETS["full"]
+    assert len(full.seeds) == 3
+    assert full.lengths == (10, 20, 50, 100)
+    assert full.sizes[-1] == 10_000_000
+    assert full.sharings == ("none", "cross-layer", "cross-block", "adjacent-layer", "adjacent-block")
+    for preset in PRESETS.values():
+        assert preset.grid.keys() == {"dropout", "learning_rate", "weight_decay"}
+        assert preset.main_length in preset.lengths
