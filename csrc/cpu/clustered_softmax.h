@@ -104,6 +104,7 @@ static void lse_of(const SoftmaxLevel& level, const SoftmaxLseSlab& slab) {
   }
   for (int64_t first = slab.begin; first < slab.end; first += kBlock) {
     const Block block = load_block<P>(level, buffers, first, slab.end, false);
+    prefetch_block(level, first + kBlock, slab.end);
     float* maxima = kMaxima ? slab.maxima + (first - slab.begin) / kMaximaEntries * level.num_tokens : nullptr;
     for (int64_t t = 0; t < level.num_tokens; t += kPanel) {
       const float* panel = level.columns + t * level.depth;
@@ -264,6 +265,7 @@ static void grad_of(const SoftmaxLevel& level, const SoftmaxGradSlab& slab) {
   tile.by_entry = P::kPairs ? tile.by_token + kBlock * tile.stride / 2 : tile.by_token;
   for (int64_t first = slab.begin; first < slab.end; first += kBlock) {
     const Block block = load_block<P>(level, buffers, first, slab.end, true);
+    prefetch_block(level, first + kBlock, slab.end);
     // Whole blocks of plain fp32 rows are written where they belong; others by way of a buffer.
     const bool direct = level.dtype == DType::kFloat32 && level.rank == stride && block.count % Vec::kRowStep == 0;
     float* d_weight = direct ? static_cast<float*>(slab.d_weight) + first * stride : d_rows;

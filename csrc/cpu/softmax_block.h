@@ -92,6 +92,14 @@ static inline void pair_rows(const float* first, const float* second, int64_t co
   }
 }
 
+// Asks for the block that begins at `first`, so that it is in cache when its turn comes.
+static inline void prefetch_block(const SoftmaxLevel& level, int64_t first, int64_t end) {
+  const int64_t last = first + kBlock < end ? first + kBlock : end;
+  const int64_t bytes = level.rank * (level.dtype == DType::kFloat32 ? 4 : 2);
+  for (int64_t at = first * bytes; at < last * bytes; at += 64)
+    __builtin_prefetch(static_cast<const char*>(level.weight) + at, 0, 2);
+}
+
 template <class P>
 static inline Block load_block(const SoftmaxLevel& level, const BlockBuffers& buffers, int64_t first, int64_t end,
                                bool gradients) {

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from cprec import checkpoint
 from cprec.files import is_leftover, write_json
 
@@ -25,8 +27,8 @@ REPLACED = ".replaced-run"  # holds an earlier run until the one that replaces i
 
 def versions() -> dict[str, str]:
     """Versions of what decides the figures of a run."""
-    found = {"python": platform.python_version()}
-    for name in ("cprec-kernels", "torch", "lightning", "numpy", "polars"):
+    found = {"python": platform.python_version(), "torch": torch.__version__}  # with its build, as in 2.13.0+cpu
+    for name in ("cprec-kernels", "lightning", "numpy", "polars"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

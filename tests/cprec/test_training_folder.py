@@ -231,6 +231,7 @@ from cprec.training import TrainingConfig, train
 
 data, out, call, number, model, training = json.loads(sys.argv[1])
 loss, calls = NextItNet.loss, 0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 
 def stopped(self, windows):
     global calls
