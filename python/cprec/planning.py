@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from cprec.files import atomic_write
 from cprec.model import NextItNetConfig
-from cprec.report import format_bytes
 from cprec_kernels import Partition
 from cprec_kernels.planning import BudgetError, Plan, Planner
 
@@ -121,31 +120,34 @@ def frontier_table(plans: Sequence[ModelPlan]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("smaller", justify="right")
-    table.add_column("cutoffs", overflow="fold")
-    table.add_column("ranks", overflow="fold")
-    for heading in ("parameters", "bytes", "step ms", "faster", "top-N ms", "faster", "loss"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+    table.add_column("smaller", justify="right", no_wrap=True)
+    table.add_column("cutoffs", overflow="fold", min_width=7)
+    table.add_column("ranks", overflow="fold", min_width=5)
+    for heading in ("parameters", "step ms", "faster", "top-N ms", "faster", "loss"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    remarks = []
     twin, plain = plans[0].config.twin(), plans[0].tables.plain
     table.add_row(
-        "1.00x", "none", str(twin.embedding_dim), f"{twin.num_parameters:,}", format_bytes(4 * twin.num_parameters),
-        f"{plain.train_ms:.3g}", "", f"{plain.topk_ms:.3g}", "", f"{plain.loss:.3f}", "twin",
+        "twin", "none", str(twin.embedding_dim), f"{twin.num_parameters:,}",
+        f"{plain.train_ms:.3g}", "", f"{plain.topk_ms:.3g}", "", f"{plain.loss:.3f}",
     )  # fmt: skip
     for plan in plans:
         partition, ours = plan.config.input_partition, plan.tables.prediction
         flags = {
-            "worse": plan.tables.is_worse, "slower steps": plan.tables.is_slower_to_train,
-            "slower top-N": plan.tables.is_slower_to_search,
+            "worse": plan.tables.is_worse, "slower to train": plan.tables.is_slower_to_train,
+            "slower to search": plan.tables.is_slower_to_search,
         }  # fmt: skip
+        if any(flags.values()):
+            told = ", ".join(name for name, is_so in flags.items() if is_so)
+            remarks.append(f"{plan.compression:.2f}x: predicted {told} than the twin")
         table.add_row(
             f"{plan.compression:.2f}x", ",".join(map(str, partition.cutoffs)) or "none",
             ",".join(map(str, partition.ranks)), f"{plan.config.num_parameters:,}",
-            format_bytes(4 * plan.config.num_parameters), f"{ours.train_ms:.3g}", f"{plain.train_ms / ours.train_ms:.1f}x",
+            f"{ours.train_ms:.3g}", f"{plain.train_ms / ours.train_ms:.1f}x",
             f"{ours.topk_ms:.3g}", f"{plain.topk_ms / ours.topk_ms:.1f}x", f"{ours.loss:.3f}",
-            ", ".join(name for name, is_so in flags.items() if is_so),
         )  # fmt: skip
+    table.caption, table.caption_justify = "\n".join(remarks) or None, "left"
     return table
 
 
