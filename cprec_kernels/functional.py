@@ -9,8 +9,10 @@ from .ops.clustered_softmax import (
     clustered_target_log_prob,
 )
 from .ops.clustered_topk import clustered_rank, clustered_topk
+from .ops.levels import TargetTerms, clustered_target_terms
 
 __all__ = [
+    "TargetTerms",
     "Weights",
     "block_embedding",
     "clustered_cross_entropy",
@@ -18,5 +20,6 @@ __all__ = [
     "clustered_rank",
     "clustered_score",
     "clustered_target_log_prob",
+    "clustered_target_terms",
     "clustered_topk",
 ]

@@ -37,7 +37,11 @@ def test_the_commands_in_the_readme_exist():
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/gpu-status.md", "docs/planning.md", "docs/topk.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{name}.md" for name in ("architecture", "drop-in", "gpu-status", "planning", "topk")),
+    ],
 )
 def test_links_between_documents_lead_somewhere(name):
     path = ROOT / name

@@ -15,10 +15,25 @@ STEMS = {"block_embedding", "clustered_softmax", "clustered_topk", "row_optimize
 # listed beside it as shared by all ops, has lost its way. Kernels that come later add their stem here.
 ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("cprec_kernels/reference", ".py"): (STEMS, {"__init__", "common"}),
-    ("cprec_kernels/ops", ".py"): (STEMS, {"__init__", "_library"}),
+    ("cprec_kernels/ops", ".py"): (STEMS, {"__init__", "_library", "levels"}),
     ("cprec_kernels/nn", ".py"): (
         {"block_embedding", "clustered_softmax", "topk_index"},
-        {"__init__", "index_file", "index_packing"},
+        {
+            "__init__",
+            "adaptive_layout",
+            "catalogue",
+            "catalogue_blocks",
+            "index_file",
+            "index_packing",
+            "pretrained",
+            "reindexed",
+            "softmax_base",
+            "tied_blocks",
+        },
+    ),
+    ("cprec_kernels/convert", ".py"): (
+        {"dense", "fairseq", "plan", "transformer_xl"},
+        {"__init__", "_factors", "_layouts"},
     ),
     ("cprec_kernels/optim", ".py"): ({"rowwise_adagrad", "rowwise_adamw"}, {"__init__", "_rowwise"}),
     ("cprec_kernels/_triton", ".py"): (
@@ -82,7 +97,12 @@ def test_every_op_of_a_stem_is_registered_in_its_file():
 ARROWS = {
     "cprec": {"cprec", "cprec_kernels"},
     "cprec_kernels": {"cprec_kernels"},  # the package's front: __init__, __main__
-    "cprec_kernels.nn": {"cprec_kernels.nn", "cprec_kernels.functional", "cprec_kernels.ops", "cprec_kernels.partition"},
+    "cprec_kernels.nn": {
+        "cprec_kernels.nn", "cprec_kernels.functional", "cprec_kernels.ops", "cprec_kernels.partition", "cprec_kernels.fitting",
+    },
+    "cprec_kernels.convert": {
+        "cprec_kernels.convert", "cprec_kernels.nn", "cprec_kernels.fitting", "cprec_kernels.partition",
+    },
     "cprec_kernels.optim": {
         "cprec_kernels.optim", "cprec_kernels.nn", "cprec_kernels.ops",
     },
@@ -97,10 +117,11 @@ ARROWS = {
     "cprec_kernels._version": set(),
     "cprec_kernels.partition": {"cprec_kernels.planning"},  # from_counts hands over to it
     "cprec_kernels.planning": {"cprec_kernels.planning", "cprec_kernels.partition"},
+    "cprec_kernels.fitting": set(),
     "cprec_kernels.testing": {"cprec_kernels.testing", "cprec_kernels.functional", "cprec_kernels.partition"},
     "cprec_kernels.testing.roofline": {"cprec_kernels._native"},
 }  # fmt: skip
-OUTSIDE_OF_KERNELS = {"torch", "numpy", "triton"}
+OUTSIDE_OF_KERNELS = {"torch", "numpy", "triton", "safetensors"}  # the last where it is asked for alone
 
 
 def layer_of(module: str) -> str:

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .. import functional as F
-from ..ops.clustered_softmax import check_loss_options, reduce_loss
-from ..ops.clustered_topk import Exclude
 from ..partition import Partition
-from .block_embedding import check_partition, describe, make_factors
-from .topk_index import TopKIndex
+from .adaptive_layout import (
+    converted_in_place,
+    from_adaptive_state_dict,
+    resolve_div_value,
+    take,
+    to_adaptive_state_dict,
+)
+from .block_embedding import load_factors, make_factors
+from .catalogue import (
+    CatalogueChange,
+    ChangingCatalogue,
+    Optimizers,
+    Reordering,
+    checked_counts,
+    optimizers_of,
+    reordered,
+)
+from .catalogue_blocks import change_softmax
+from .softmax_base import ClusteredSoftmaxBase, ClusteredSoftmaxOutput
+
+__all__ = ["INITIAL_LOGIT_STD", "ClusteredSoftmaxOutput", "ClusteredSoftmaxWithLoss"]
 
 # Standard deviation of the initial logits when the entries of the input have variance 1 (after a LayerNorm).
 INITIAL_LOGIT_STD = 0.1
-# One thread builds an index that several ask for at once.
-_BUILDING = threading.Lock()
 
 
-class ClusteredSoftmaxOutput(NamedTuple):
-    """What :meth:`ClusteredSoftmaxWithLoss.forward` gives: log-probabilities of the targets and the loss."""
-
-    output: Tensor
-    loss: Tensor
-
-
-class ClusteredSoftmaxWithLoss(nn.Module):
+class ClusteredSoftmaxWithLoss(ChangingCatalogue, ClusteredSoftmaxBase):
     """Feels like ``nn.AdaptiveLogSoftmaxWithLoss``; low-rank clusters of any size and rank (CpRec, eq. 6-8).
 
     Args:
@@ -39,6 +48,8 @@ class ClusteredSoftmaxWithLoss(nn.Module):
         ignore_index: targets of this value count for nothing.
         reduction: "none", "mean" (over counted targets) or "sum".
         label_smoothing: applied at each level; see :func:`cprec_kernels.functional.clustered_cross_entropy`.
+        z_loss: adds z_loss (lse_head^2 + lse_tail^2) to every counted token's loss, with the log-sum-exps of its levels
+            (PaLM, arXiv 2204.02311, section 5). Keeps logits from drifting; one fused pass per level instead of one.
         device, dtype: of the parameters.
 
     Attributes:
@@ -48,7 +59,8 @@ class ClusteredSoftmaxWithLoss(nn.Module):
 
     Raises:
         TypeError: ``partition`` is not a Partition.
-        ValueError: in_features differs from the partition's width, an unknown reduction, smoothing outside [0, 1].
+        ValueError: in_features differs from the partition's width, an unknown reduction, smoothing outside [0, 1], a
+            negative z_loss.
 
     Example:
         >>> head = ClusteredSoftmaxWithLoss(64, Partition(1000, [50, 200], [64, 16, 4], 64))
@@ -66,45 +78,20 @@ class ClusteredSoftmaxWithLoss(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_partition(partition)
-        if in_features != partition.embedding_dim:
-            raise ValueError(
-                f"in_features = {in_features}, but the partition's embedding_dim is {partition.embedding_dim}; "
-                "they must be equal"
-            )
-        check_loss_options(reduction, label_smoothing)
-        if 0 <= ignore_index < partition.num_items:
-            raise ValueError(
-                f"ignore_index = {ignore_index} is an item (0..{partition.num_items - 1}); choose a value outside"
-            )
-        self.in_features = in_features
-        self.partition = partition
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
+        super().__init__(in_features, partition, ignore_index, reduction, label_smoothing, z_loss)
         rows = (partition.head_size, *partition.sizes[1:])
         self.weights, self.projections = make_factors(partition, rows, device, dtype)
-        self.head_bias: nn.Parameter | None
         self.register_parameter(
             "head_bias", nn.Parameter(torch.empty(rows[0], device=device, dtype=dtype)) if head_bias else None
         )
         self.tail_biases = nn.ParameterList(
             [nn.Parameter(torch.empty(size, device=device, dtype=dtype)) for size in rows[1:]] if tail_bias else []
         )
-        self._indexes: dict[str, TopKIndex] = {}  # by storage, of topk
         self.reset_parameters()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # An index is of these parameters in this process: a copy builds its own.
-        return {**self.__dict__, "_indexes": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.setdefault("_indexes", {})
 
     def reset_parameters(self) -> None:
         """Q_j ~ N(0, 1/d), W_j ~ N(0, 0.01/d_j), biases 0: initial logits of every level have standard deviation 0.1.
@@ -122,83 +109,157 @@ class ClusteredSoftmaxWithLoss(nn.Module):
             for bias in self.tail_biases:
                 nn.init.zeros_(bias)
 
+    @classmethod
+    def from_factors(
+        cls, partition: Partition, state_dict: Mapping[str, Tensor], **options: Any
+    ) -> ClusteredSoftmaxWithLoss:
+        """A module of given parameters, copied: on their device and in their dtype.
+
+        Args:
+            partition: the clusters.
+            state_dict: keys ``weights.j``, ``projections.i`` and, where there are any, ``head_bias`` and
+                ``tail_biases.j``, as the converters in :mod:`cprec_kernels.convert` give them.
+            options: ``tail_bias`` (zero where ``state_dict`` has none), ``ignore_index``, ``reduction``,
+                ``label_smoothing`` and ``z_loss``, as in the constructor.
+
+        Raises:
+            TypeError: an unknown option.
+            ValueError: parameters that are missing, left over or of other shapes; options as in the constructor.
+        """
+        allowed = {"tail_bias", "ignore_index", "reduction", "label_smoothing", "z_loss"}
+        if unknown := sorted(set(options) - allowed):
+            raise TypeError(f"unknown options {', '.join(unknown)}; known are {', '.join(sorted(allowed))}")
+        like = take(state_dict, "weights.0", "a ClusteredSoftmaxWithLoss")
+        given_bias = "tail_biases.0" in state_dict
+        options["tail_bias"] = options.get("tail_bias", given_bias) or given_bias
+        head_bias = "head_bias" in state_dict
+        width = partition.embedding_dim
+        head = cls(width, partition, head_bias=head_bias, device=like.device, dtype=like.dtype, **options)
+        zeros = {f"tail_biases.{i}": torch.zeros_like(bias) for i, bias in enumerate(head.tail_biases)}
+        load_factors(head, {**zeros, **state_dict})
+        return head
+
+    @classmethod
+    def from_adaptive(cls, module: nn.AdaptiveLogSoftmaxWithLoss, **options: Any) -> ClusteredSoftmaxWithLoss:
+        """A copy of torch's module, with the same outputs up to rounding, on its device and in its dtype.
+
+        Clusters, ranks and head bias are those of ``module``; see
+        :func:`cprec_kernels.convert.from_adaptive_state_dict` for tails as wide as the model and tails of no column.
+        :meth:`load_state_dict` takes a state_dict of torch's module too, alone or within that of a whole model, so
+        checkpoints survive the change.
+
+        Args:
+            module: what to copy. Frozen, or in evaluation mode, so is the copy.
+            options: ``tail_bias``, ``ignore_index``, ``reduction``, ``label_smoothing`` and ``z_loss``, as in the
+                constructor; tail biases start at zero.
+
+        Raises:
+            TypeError: ``module`` is something else, or an unknown option.
+            ValueError: more than 8 clusters, or as the constructor.
+        """
+        if not isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
+            raise TypeError(f"from_adaptive takes an nn.AdaptiveLogSoftmaxWithLoss, got {type(module).__name__}")
+        state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+        partition, converted = from_adaptive_state_dict(state)
+        head = cls.from_factors(partition, converted, **options)
+        head.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
+        return head.train(module.training)
+
+    def to_adaptive(self, div_value: float | None = None) -> nn.AdaptiveLogSoftmaxWithLoss:
+        """A copy as torch's module, with the same outputs up to rounding, on this device and in this dtype.
+
+        Args:
+            div_value: by default one that gives torch's tails just these ranks; see
+                :func:`cprec_kernels.convert.to_adaptive_state_dict`.
+
+        Raises:
+            ValueError: torch's module cannot give these outputs: tail biases, one cluster, ranks that no div_value (or
+                not this one) gives, a reduction other than "mean", label smoothing or a z-loss.
+        """
+        for name, value, neutral in (
+            ("reduction", self.reduction, "mean"),
+            ("label_smoothing", self.label_smoothing, 0.0),
+            ("z_loss", self.z_loss, 0.0),
+        ):
+            if value != neutral:
+                raise ValueError(
+                    f"nn.AdaptiveLogSoftmaxWithLoss has no {name}: its loss is the plain mean. Set {name} = {neutral!r} "
+                    f"on this module first, it is {value!r}"
+                )
+        state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        converted = to_adaptive_state_dict(state, self.partition, div_value)
+        like = self.weights[0]
+        module = nn.AdaptiveLogSoftmaxWithLoss(
+            self.in_features,
+            self.partition.num_items,
+            list(self.partition.cutoffs),
+            div_value=resolve_div_value(self.partition, div_value),
+            head_bias=self.head_bias is not None,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        module.load_state_dict(converted)
+        module.requires_grad_(any(parameter.requires_grad for parameter in self.parameters()))
+        return module.train(self.training)
+
+    @torch.no_grad()
+    def repartition(
+        self,
+        counts: Tensor | Sequence[float] | None = None,
+        partition: Partition | None = None,
+        *,
+        inputs: Tensor | None = None,
+        optimizer: Optimizers = None,
+    ) -> CatalogueChange:
+        """Sort items by new counts, cut them by a new partition, or both; see ``new_ids`` of the result for their ids.
+
+        A tail whose items all come from one former tail of its rank keeps their rows, and its parent label if none of them
+        went elsewhere. Items that change between the head and tails, or between tails, cannot be kept exactly: their
+        log-probability holds the log-sum-exp of their tail, which is no linear function of the input. It is replaced by the
+        nearest one, over ``inputs`` if given, otherwise by the bound that :func:`cprec_kernels.compress` uses; factors
+        are then a truncated SVD. That takes biases: make the module with ``head_bias`` and ``tail_bias``, or the
+        constants are lost.
+
+        Args:
+            counts: (K,) per item, in the present ids.
+            partition: of the K items; by default the present one.
+            inputs: (N, d), hidden states as the module gets them.
+            optimizer: one or several, whose state goes along with rows that are kept.
+
+        Raises:
+            RuntimeError: the module is a part of one that has the items too.
+            TypeError: something that is no optimizer.
+            ValueError: neither counts nor partition, or one that does not fit; inputs of another width; an optimizer whose
+                state is not known.
+        """
+        self._check_owner()
+        if inputs is not None and (inputs.dim() != 2 or inputs.shape[1] != self.in_features or not len(inputs)):
+            raise ValueError(f"inputs must be (N, {self.in_features}) with N > 0, got shape {tuple(inputs.shape)}")
+        order = reordered(self.partition, counts, partition, self._device())
+        given = None if counts is None else checked_counts(counts, self.partition, self._device())[order.old_ids]
+        return change_softmax(self, order, given, inputs, optimizers_of(optimizer))
+
+    def _items(self) -> Partition:
+        return self.partition
+
+    def _change(self, order: Reordering, optimizers: list[Optimizer]) -> CatalogueChange:
+        return change_softmax(self, order, None, None, optimizers)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        errors += converted_in_place(state_dict, prefix, self.partition, list(self.tail_biases))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
     def packed_weights(self) -> F.Weights:
         """The parameters as the functional API takes them."""
         return F.Weights(list(self.weights), list(self.projections), self.head_bias, list(self.tail_biases))
 
-    def forward(self, input: Tensor, target: Tensor) -> ClusteredSoftmaxOutput:
-        """Log-probabilities of the targets (...), 0 where ignored, and the reduced loss, for input (..., d).
+    @classmethod
+    def _make(cls, partition: Partition, options: Mapping[str, Any]) -> ClusteredSoftmaxWithLoss:
+        return cls(partition.embedding_dim, partition, **options, device="meta")
 
-        Raises:
-            IndexError: a target out of range, with its place.
-            TypeError: target not int64, input and weights of different dtypes.
-            ValueError: shapes that do not fit together.
-        """
-        output, uniform = F.clustered_target_log_prob(
-            input, target, self.packed_weights(), ignore_index=self.ignore_index, smooth=self.label_smoothing > 0
-        )
-        loss = reduce_loss(output, uniform, target, self.ignore_index, self.reduction, self.label_smoothing)
-        return ClusteredSoftmaxOutput(output, loss)
-
-    def log_prob(self, input: Tensor) -> Tensor:
-        """Log-probabilities of all items, (..., num_items). Materialises them: for small catalogues and tests."""
-        return F.clustered_log_prob(input, self.packed_weights())
-
-    def predict(self, input: Tensor) -> Tensor:
-        """The most probable item of every row, (...) int64; ties by smaller id."""
-        return self.topk(input, 1)[1].squeeze(-1)
-
-    def topk(
-        self,
-        input: Tensor,
-        k: int,
-        exclude: Exclude | None = None,
-        candidates: Tensor | None = None,
-        storage: str | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The k most probable items, exact; see :func:`cprec_kernels.functional.clustered_topk`.
-
-        ``storage`` names a number format ("float32", "float16", "bfloat16" or "int8") and searches an index in it,
-        exact too, which is built when it is first asked for and again when the parameters have changed: for a module
-        that serves many queries on the CPU. See :class:`TopKIndex`, also for what it raises. None searches the
-        parameters themselves.
-        """
-        if storage is not None:
-            return self._index(storage).topk(input, k, exclude, candidates)
-        return F.clustered_topk(input, k, self.packed_weights(), exclude=exclude, candidates=candidates)
-
-    def build_index(self, storage: str = "float32", exact: bool = True, blocks: str | None = "kd") -> TopKIndex:
-        """The parameters packed for search on the CPU; see :meth:`TopKIndex.build`."""
-        return TopKIndex.build(self, storage, exact=exact, blocks=blocks)
-
-    def _index(self, storage: str) -> TopKIndex:
-        index = self._indexes.get(storage)
-        if index is not None and not index.is_stale:
-            return index
-        with _BUILDING:
-            # Not one that is of no use any more: they are as large as the module.
-            for name, other in list(self._indexes.items()):
-                if other.is_stale:
-                    del self._indexes[name]
-            if storage not in self._indexes:
-                self._indexes[storage] = self.build_index(storage)
-            return self._indexes[storage]
-
-    def score(self, input: Tensor, items: Tensor) -> Tensor:
-        """Log-probabilities of given items (..., c); see :func:`cprec_kernels.functional.clustered_score`."""
-        return F.clustered_score(input, items, self.packed_weights())
-
-    def rank(self, input: Tensor, target: Tensor) -> Tensor:
-        """0-based place of every target among all items; see :func:`cprec_kernels.functional.clustered_rank`."""
-        return F.clustered_rank(input, target, self.packed_weights())
-
-    def extra_repr(self) -> str:
-        parts = [f"in_features={self.in_features}", describe(self.partition)]
-        parts += [f"head_bias={self.head_bias is not None}", f"tail_bias={len(self.tail_biases) > 0}"]
-        if self.ignore_index != -100:
-            parts.append(f"ignore_index={self.ignore_index}")
-        if self.reduction != "mean":
-            parts.append(f"reduction={self.reduction!r}")
-        if self.label_smoothing:
-            parts.append(f"label_smoothing={self.label_smoothing}")
-        return ", ".join(parts)
+    def _describe_parts(self) -> list[str]:
+        biases = [f"head_bias={self.head_bias is not None}", f"tail_bias={len(self.tail_biases) > 0}"]
+        return [*super()._describe_parts(), *biases]

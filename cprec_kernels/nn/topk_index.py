@@ -21,7 +21,7 @@ from .index_file import bytes_of, read_index, write_index
 from .index_packing import BLOCKS, STORAGES, pack
 
 if TYPE_CHECKING:
-    from .clustered_softmax import ClusteredSoftmaxWithLoss
+    from .softmax_base import ClusteredSoftmaxBase
 
 MAX_ITEMS = 2**31 - 1  # ids are int32 in the arrays
 
@@ -80,7 +80,7 @@ class TopKIndex:
         exact: bool,
         blocks: str | None,
         fingerprint: str,
-        module: ClusteredSoftmaxWithLoss | None = None,
+        module: ClusteredSoftmaxBase | None = None,
     ) -> None:
         """For :meth:`build` and :meth:`load`, which check what they pass."""
         self._arrays = arrays
@@ -98,7 +98,7 @@ class TopKIndex:
     @classmethod
     def build(
         cls,
-        module: ClusteredSoftmaxWithLoss,
+        module: ClusteredSoftmaxBase,
         storage: str = "float32",
         *,
         exact: bool = True,
@@ -200,7 +200,7 @@ class TopKIndex:
         cls,
         path: str | os.PathLike[str],
         *,
-        module: ClusteredSoftmaxWithLoss | None = None,
+        module: ClusteredSoftmaxBase | None = None,
         mmap: bool = True,
         verify: bool = True,
     ) -> TopKIndex:
@@ -298,11 +298,11 @@ class TopKIndex:
         return f"TopKIndex({', '.join(parts)})"
 
 
-def _check_module(module: ClusteredSoftmaxWithLoss) -> None:
+def _check_module(module: ClusteredSoftmaxBase) -> None:
     # Not at the top: that module imports this one.
-    from .clustered_softmax import ClusteredSoftmaxWithLoss
+    from .softmax_base import ClusteredSoftmaxBase
 
-    if not isinstance(module, ClusteredSoftmaxWithLoss):
+    if not isinstance(module, ClusteredSoftmaxBase):
         raise TypeError(
             f"an index is of a ClusteredSoftmaxWithLoss, got {type(module).__name__}; pass the model's softmax"
         )
@@ -317,7 +317,7 @@ def _check_module(module: ClusteredSoftmaxWithLoss) -> None:
             )
 
 
-def _state(module: ClusteredSoftmaxWithLoss) -> list[tuple[Any, ...]]:
+def _state(module: ClusteredSoftmaxBase) -> list[tuple[Any, ...]]:
     """What changes when a parameter of the module is written to, moved or replaced."""
     # The weak reference keeps a freed storage's identity from being given to a new one, as its address may be.
     return [
@@ -343,7 +343,7 @@ def _count_fused_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             torch.autograd.graph.increment_version([param for param in group["params"] if param.grad is not None])
 
 
-def _fingerprint(module: ClusteredSoftmaxWithLoss) -> str:
+def _fingerprint(module: ClusteredSoftmaxBase) -> str:
     """SHA-256 of the module's parameters: their names, dtypes, shapes and bits."""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():

@@ -1,0 +1,180 @@
+"""A compressed table and softmax under the ids that a model already uses, whatever their order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block_embedding import BlockEmbedding
+from .catalogue import ChangingCatalogue
+from .clustered_softmax import ClusteredSoftmaxOutput
+from .softmax_base import ClusteredSoftmaxBase
+
+# Log-probability of a class that the softmax leaves out: 0 as a probability in every dtype, and finite, so that masks and
+# smoothing make no NaN of it.
+ABSENT = -1e4
+
+
+class ReindexedEmbedding(nn.Module):
+    """In the place of an ``nn.Embedding``: takes its ids, and looks them up in a table sorted by frequency.
+
+    A :class:`BlockEmbedding` numbers items by falling frequency. This module keeps the permutation beside it, as a buffer
+    that travels with ``state_dict``, so that nothing outside has to change its ids.
+
+    Args:
+        embedding: the table.
+        items: (V,) int64: the row of ``embedding`` that each id stands for, every row at most once.
+
+    Attributes:
+        num_embeddings, embedding_dim, padding_idx: as an ``nn.Embedding`` has them, in the outer ids.
+        softmax: a :class:`ReindexedSoftmax` over the same blocks, or None; :func:`cprec_kernels.compress` sets it for a
+            model that scores by the table itself.
+
+    Raises:
+        TypeError: not a BlockEmbedding, ``items`` not int64.
+        ValueError: ``items`` not 1-D, out of range, or naming a row twice.
+    """
+
+    items: Tensor
+
+    def __init__(self, embedding: BlockEmbedding, items: Tensor) -> None:
+        super().__init__()
+        if not isinstance(embedding, BlockEmbedding):
+            raise TypeError(f"embedding must be a BlockEmbedding, got {type(embedding).__name__}")
+        _check_items(items, embedding.partition.num_items)
+        self.embedding = embedding
+        embedding.owner = embedding.owner or "a ReindexedEmbedding"
+        self.register_buffer("items", items)
+        self.num_embeddings = items.numel()
+        self.embedding_dim = embedding.partition.embedding_dim
+        self.softmax: ReindexedSoftmax | None
+        self.register_module("softmax", None)
+        self.padding_idx: int | None = None
+        if embedding.padding_idx is not None:
+            place = (items == embedding.padding_idx).nonzero()
+            self.padding_idx = int(place[0]) if place.numel() else None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(..., d) for ids (...) int64. Raises IndexError for an id outside 0..num_embeddings-1."""
+        out: Tensor = self.embedding(self.items.index_select(0, ids.reshape(-1)).reshape(ids.shape))
+        return out
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (V, d) in the outer ids, computed anew each time; gradients reach the blocks.
+
+        For code that reads ``embedding.weight``, such as ``hidden @ embedding.weight.T``. It costs what the dense table
+        did; ``softmax`` of the compressed model does not. Writing to it changes nothing.
+        """
+        out: Tensor = self.embedding(self.items)
+        return out
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}"
+
+
+class ReindexedSoftmax(nn.Module):
+    """In the place of an ``nn.Linear`` classifier: takes hidden states, and answers in the classes of that classifier.
+
+    ``forward`` gives log-probabilities of all classes. Cross entropy, argmax and top-k of these are those of the
+    clustered softmax, because normalised log-probabilities are logits of themselves, so a training loop written for
+    logits goes on working, at the cost of the dense matrix of scores. :meth:`loss`, :meth:`topk` and :meth:`rank` do
+    not make it: put them in the loop's place when it should be fast.
+
+    Args:
+        softmax: a ClusteredSoftmaxWithLoss or TiedBlocks, whose items are sorted by frequency.
+        items: (C,) int64: the item that each class stands for, or -1 for a class that is none, such as padding, whose
+            log-probability is -1e4 and which searches never return.
+
+    Raises:
+        TypeError: not a clustered softmax, ``items`` not int64.
+        ValueError: ``items`` not 1-D, out of range, or without a class for some item.
+    """
+
+    items: Tensor
+    classes: Tensor
+
+    def __init__(self, softmax: ClusteredSoftmaxBase, items: Tensor) -> None:
+        super().__init__()
+        if not isinstance(softmax, ClusteredSoftmaxBase):
+            raise TypeError(f"softmax must be a ClusteredSoftmaxWithLoss or TiedBlocks, got {type(softmax).__name__}")
+        _check_items(items[items >= 0], softmax.partition.num_items)
+        num_items = softmax.partition.num_items
+        if int((items >= 0).sum()) != num_items:
+            raise ValueError(
+                f"items names {int((items >= 0).sum())} of the softmax's {num_items} items: all are needed"
+            )
+        classes = torch.empty(num_items, dtype=torch.int64, device=items.device)
+        places = (items >= 0).nonzero().squeeze(1)
+        classes[items[places]] = places
+        self.softmax = softmax
+        if isinstance(softmax, ChangingCatalogue):
+            softmax.owner = "a ReindexedSoftmax"
+        self.register_buffer("items", items)
+        self.register_buffer("classes", classes)
+        self.in_features = softmax.in_features
+        self.out_features = items.numel()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities (..., C) for hidden (..., d)."""
+        log_prob = self.softmax.log_prob(hidden)
+        inside = self.items >= 0
+        return torch.where(inside, log_prob.index_select(-1, self.items.clamp(min=0)), ABSENT)
+
+    def _targets(self, target: Tensor) -> Tensor:
+        """Classes as items; classes that are none, and ``ignore_index``, as ignored."""
+        ignored = self.softmax.ignore_index
+        known = target != ignored
+        items = self.items.index_select(0, torch.where(known, target, 0).reshape(-1)).reshape(target.shape)
+        return torch.where(known & (items >= 0), items, ignored)
+
+    def output(self, hidden: Tensor, target: Tensor) -> ClusteredSoftmaxOutput:
+        """Log-probabilities of target classes (...), and the loss; ignored are ``softmax.ignore_index`` and padding.
+
+        Raises:
+            IndexError: a target outside 0..C-1. TypeError, ValueError: as the softmax's ``forward``.
+        """
+        out: ClusteredSoftmaxOutput = self.softmax(hidden, self._targets(target))
+        return out
+
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """The softmax's loss for hidden (..., d) and target classes (...): the head and the target's tail alone."""
+        return self.output(hidden, target).loss
+
+    def topk(self, hidden: Tensor, k: int, exclude: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """The k most probable classes, exact: scores and classes (..., k), -inf and -1 where fewer are left.
+
+        ``exclude`` holds classes never to return, (..., m) per row; negative entries and padding are skipped, so a
+        padded history can be passed as it is. ``options`` are those of the softmax's ``topk``.
+        """
+        if exclude is not None:
+            items = self.items.index_select(0, exclude.clamp(min=0).reshape(-1)).reshape(exclude.shape)
+            exclude = torch.where(exclude >= 0, items, -1)
+        scores, items = self.softmax.topk(hidden, k, exclude=exclude, **options)
+        found = self.classes.index_select(0, items.clamp(min=0).reshape(-1)).reshape(items.shape)
+        return scores, torch.where(items >= 0, found, -1)
+
+    def rank(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """0-based place of every target class (...) among all items; ties by higher frequency.
+
+        Raises:
+            IndexError: a target that is no item.
+        """
+        return self.softmax.rank(hidden, self.items.index_select(0, target.reshape(-1)).reshape(target.shape))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _check_items(items: Tensor, num_items: int) -> None:
+    if items.dtype != torch.int64:
+        raise TypeError(f"items must be int64, got {items.dtype}")
+    if items.dim() != 1:
+        raise ValueError(f"items must be 1-D, got shape {tuple(items.shape)}")
+    if items.numel() and (int(items.min()) < 0 or int(items.max()) >= num_items):
+        raise ValueError(f"items must be in 0..{num_items - 1}, got {int(items.min())}..{int(items.max())}")
+    if items.unique().numel() != items.numel():
+        raise ValueError("items names a row twice")
