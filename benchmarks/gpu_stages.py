@@ -87,10 +87,30 @@ def loss(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     return found
 
 
-def topk(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def searched(size: Size, dtype: torch.dtype, device: str) -> tuple[Tensor, functional.Weights]:
+    """Rows to search for, and the weights."""
     weights = copy_weights(make_softmax(size.partition, _drawn(dtype)), dtype, device)
-    hidden = make_hidden(size.partition, (64,), _drawn(dtype)).to(device, dtype)
-    return {"scores": functional.clustered_topk(hidden, 10, weights)[0]}
+    return make_hidden(size.partition, (64,), _drawn(dtype)).to(device, dtype), weights
+
+
+def topk(size: Size, dtype: torch.dtype, device: str, narrowed: bool = False) -> dict[str, Tensor]:
+    hidden, weights = searched(size, dtype, device)
+    if not narrowed:
+        return {f"scores{k}": functional.clustered_topk(hidden, k, weights)[0] for k in (1, 10, 200)}
+    exclude = make_ids(size.partition, (64, 50)).to(device)
+    candidates = torch.arange(0, size.partition.num_items, 3, device=device)
+    return {"scores": functional.clustered_topk(hidden, 10, weights, exclude=exclude, candidates=candidates)[0]}
+
+
+def rank(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    hidden, weights = searched(size, dtype, device)
+    # Near ties trade places when logits are rounded: the logarithm of a place is as good as a score.
+    return {"log_rank": functional.clustered_rank(hidden, make_ids(size.partition, (64,)).to(device), weights).log1p()}
+
+
+def score(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    hidden, weights = searched(size, dtype, device)
+    return {"scores": functional.clustered_score(hidden, make_ids(size.partition, (64, 50)).to(device), weights)}
 
 
 OPERATIONS: dict[str, Callable[[Size, torch.dtype, str], dict[str, Tensor]]] = {
@@ -98,6 +118,9 @@ OPERATIONS: dict[str, Callable[[Size, torch.dtype, str], dict[str, Tensor]]] = {
     "block_embedding sparse": lambda size, dtype, device: embed(size, dtype, device, sparse=True),
     "clustered_cross_entropy": loss,
     "clustered_topk": topk,
+    "clustered_topk narrowed": lambda size, dtype, device: topk(size, dtype, device, narrowed=True),
+    "clustered_rank": rank,
+    "clustered_score": score,
 }
 _drawing: list[torch.dtype] = []
 
@@ -195,6 +218,8 @@ def _providers(size: Size, dtype: torch.dtype, device: str) -> Iterator[tuple[st
     weights = copy_weights(make_softmax(partition, dtype, bias=False), device=device, requires_grad=True)
     hidden = upstream.clone().requires_grad_()
     target = make_ids(partition, (size.tokens,), seed=1).to(device)
+    rows = upstream[:256]
+    negatives = make_ids(partition, (len(rows), 100), seed=2).to(device)
 
     def step(value: Callable[[], Tensor], leaves: list[Tensor], gradient: Tensor | None) -> Make:
         return lambda: lambda: torch.autograd.grad(value(), leaves, gradient)
@@ -205,12 +230,18 @@ def _providers(size: Size, dtype: torch.dtype, device: str) -> Iterator[tuple[st
     def cross_entropy() -> Tensor:
         return functional.clustered_cross_entropy(hidden, target, weights)
 
+    @torch.no_grad()
+    def scores() -> Tensor:
+        return functional.clustered_score(rows, negatives, weights)
+
     for backend in BACKENDS:
         yield "block_embedding fwd", backend, lambda: embedding
         yield "block_embedding fwd+bwd", backend, step(embedding, [*factors[0], *factors[1]], upstream)
         leaves = [hidden, *weights.weights, *weights.projections]
         yield "clustered_cross_entropy fwd+bwd", backend, step(cross_entropy, leaves, None)
-        yield "clustered_topk", backend, lambda: lambda: functional.clustered_topk(hidden[:256].detach(), 10, weights)
+        yield "clustered_topk", backend, lambda: lambda: functional.clustered_topk(rows, 10, weights)
+        yield "clustered_rank", backend, lambda: lambda: functional.clustered_rank(rows, target[:256], weights)
+        yield "clustered_score", backend, lambda: scores
 
     def table() -> Callable[[], object]:
         full = torch.randn(partition.num_items, partition.embedding_dim, device=device, dtype=dtype, requires_grad=True)
@@ -224,7 +255,7 @@ def _providers(size: Size, dtype: torch.dtype, device: str) -> Iterator[tuple[st
 
     def brute_force() -> Callable[[], object]:
         full = torch.randn(partition.num_items, partition.embedding_dim, device=device, dtype=dtype)
-        return lambda: (hidden[:256].detach() @ full.T).topk(10)
+        return lambda: (rows @ full.T).topk(10)
 
     yield "block_embedding fwd+bwd", "torch-embedding", table
     yield "clustered_cross_entropy fwd+bwd", "torch-adaptive", adaptive

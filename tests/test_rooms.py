@@ -37,9 +37,10 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ),
     ("cprec_kernels/optim", ".py"): ({"rowwise_adagrad", "rowwise_adamw"}, {"__init__", "_rowwise"}),
     ("cprec_kernels/_triton", ".py"): (
-        {"block_embedding", "clustered_softmax"},
-        {"__init__", "configs", "common", "block_embedding_backward", "block_embedding_projection"}
-        | {"clustered_softmax_backward", "clustered_softmax_plan", "clustered_softmax_weight"},
+        {"block_embedding", "clustered_softmax", "clustered_topk"},
+        {"__init__", "configs", "common", "block_embedding_backward", "block_embedding_projection", "clustered_rank"}
+        | {"clustered_softmax_backward", "clustered_softmax_plan", "clustered_softmax_weight"}
+        | {"clustered_topk_rows", "clustered_topk_scan", "clustered_topk_select"},
     ),
     ("csrc/include/cprec", ".h"): (
         {"block_embedding", "clustered_softmax", "row_optimizer", "topk_index"},
@@ -61,7 +62,10 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ),
     ("csrc/cuda", ".cu"): ({"block_embedding"}, set()),
     ("tests/ops", ".py"): ({f"test_{stem}" for stem in STEMS}, set()),
-    ("tests/triton", ".py"): ({"test_block_embedding", "test_clustered_softmax"}, {"conftest", "interpreter"}),
+    ("tests/triton", ".py"): (
+        {"test_block_embedding", "test_clustered_softmax", "test_clustered_topk"},
+        {"conftest", "interpreter"} | {"test_clustered_rank"},
+    ),
     ("tests/optim", ".py"): ({"test_rowwise_adagrad", "test_rowwise_adamw"}, {"test_pending_decay"}),
     ("benchmarks/ops", ".py"): (
         {f"bench_{stem}" for stem in STEMS - {"row_optimizer", "topk_index"}},  # the index is in bench_clustered_topk

@@ -72,6 +72,24 @@ _WEIGHT_FP32 = {
 }  # fmt: skip
 # Per-token kernels read a few rows per token: latency, not tiles, is what they wait for.
 _TOKEN = {d: Tile(16, 0, 4 if d < 512 else 8, 1, 4) for d in BLOCK_DS}
+# The bound of a search holds three arrays of a tile's size beside the logits, and its append pass a branch with 64-bit keys:
+# 64 x 64 logits for 4 warps fill their registers, and from rank 256 on there is no room for the hidden states beside them.
+# fp32 at rank 128 spills in every tile tried while products are split: clustered_topk_scan.MAX_SPLIT_RANK.
+_TOPK_BOUND = {
+    16: Tile(64, 64, 4, 3, 2), 32: Tile(64, 64, 4, 3, 2), 64: Tile(64, 64, 4, 3, 2),
+    128: Tile(64, 64, 4, 3, 2), 256: Tile(64, 64, 8, 2, 1), 512: Tile(64, 32, 8, 2, 1),
+}  # fmt: skip
+# Tiles of 64 x 64 fit under Triton 3.9 alone: 3.6 spills hundreds of bytes in the branch that appends.
+_TOPK_APPEND = {
+    16: Tile(64, 32, 4, 2, 2), 32: Tile(64, 32, 4, 2, 2), 64: Tile(64, 32, 4, 2, 2),
+    128: Tile(64, 32, 4, 2, 2), 256: Tile(64, 32, 8, 2, 1), 512: Tile(32, 32, 4, 2, 1),
+}  # fmt: skip
+_TOPK_FP32 = {
+    16: Tile(64, 32, 4, 2, 2), 32: Tile(64, 32, 4, 2, 2), 64: Tile(64, 32, 4, 2, 2),
+    128: Tile(32, 32, 8, 1, 3), 256: Tile(32, 32, 8, 1, 3), 512: Tile(32, 32, 8, 1, 1),
+}  # fmt: skip
+# One row at a time, a block of weights in registers: block_t is not used.
+_TOPK_ROW = {d: Tile(16, max(8, 4096 // d), 4, 1, 2) for d in BLOCK_DS}
 
 TABLE: dict[Key, Tile] = {
     (kernel, block_d, itemsize): tile
@@ -80,6 +98,11 @@ TABLE: dict[Key, Tile] = {
         "scan_rows": {2: _SCAN_ROWS, 4: _SCAN_ROWS_FP32},
         "weight": {2: _WEIGHT, 4: _WEIGHT_FP32},
         "token": {2: _TOKEN, 4: _TOKEN},
+        "topk_bound": {2: _TOPK_BOUND, 4: _TOPK_FP32},
+        "topk_append": {2: _TOPK_APPEND, 4: _TOPK_FP32},
+        "topk_exhaustive": {2: _TOPK_ROW, 4: _TOPK_ROW},
+        "rank_count": {2: _TOPK_BOUND, 4: _TOPK_FP32},
+        "score": {2: _TOPK_ROW, 4: _TOPK_ROW},
     }.items()
     for itemsize, tiles in by_itemsize.items()
     for block_d, tile in tiles.items()
@@ -95,6 +118,27 @@ BY_ARCHITECTURE: dict[tuple[int, Key], Tile] = {
     (80, ("scan_rows", 256, 2)): Tile(64, 64, 8, 2, 1),
     (80, ("weight", 64, 4)): Tile(32, 32, 4, 2, 2, True),
     (80, ("weight", 256, 2)): Tile(64, 64, 8, 2, 1, True),
+    # Without wgmma both operands pass through registers.
+    **{
+        (80, (kernel, rank, 2)): tile
+        for kernel in ("topk_bound", "rank_count")
+        for rank, tile in (
+            (128, Tile(64, 64, 8, 2, 1)),
+            (256, Tile(64, 32, 8, 2, 1)),
+            (512, Tile(32, 32, 8, 2, 1)),
+        )
+    },
+    (80, ("topk_bound", 64, 2)): Tile(64, 32, 4, 2, 2),
+    (80, ("topk_append", 16, 2)): Tile(64, 32, 8, 2, 2),
+    (80, ("topk_append", 32, 2)): Tile(32, 64, 4, 2, 2),
+    (80, ("topk_append", 64, 2)): Tile(32, 32, 4, 2, 2),
+    (80, ("topk_append", 128, 2)): Tile(64, 32, 8, 2, 1),
+    (80, ("topk_append", 512, 2)): Tile(32, 32, 8, 2, 1),
+    (80, ("topk_append", 32, 4)): Tile(32, 64, 4, 2, 2),
+    (80, ("topk_append", 64, 4)): Tile(32, 64, 8, 2, 1),
+    (80, ("topk_bound", 64, 4)): Tile(32, 64, 8, 2, 1),
+    (80, ("topk_bound", 512, 4)): Tile(16, 32, 8, 1, 1),
+    (80, ("rank_count", 64, 4)): Tile(32, 32, 4, 2, 3),  # targets' logits, 64 x 64, spill
 }
 _OVERRIDES: dict[str, Tile] = {}
 

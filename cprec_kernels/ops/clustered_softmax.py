@@ -179,7 +179,12 @@ for _op, _plain in (
         _backend.triton("clustered_softmax_backward" if "backward" in _op else FORWARD, _op, NATIVE_DTYPES, _plain),
         _backend.reference(_plain),
     )
-_backend.register(SCORE, _backend.native(SCORE, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_score))
+_backend.register(
+    SCORE,
+    _backend.native(SCORE, "cpu", NATIVE_DTYPES),
+    _backend.triton("clustered_rank", SCORE, NATIVE_DTYPES, ref.clustered_score),
+    _backend.reference(ref.clustered_score),
+)
 implement(FORWARD, _check, _check_values, anchor=0)
 implement(BACKWARD, _unchecked, _unchecked, anchor=2)
 implement(BACKWARD_INTO, _unchecked, _unchecked, anchor=2)

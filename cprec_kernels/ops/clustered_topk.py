@@ -112,8 +112,18 @@ def _check_rank_values(input: Tensor, target: Tensor, *weights: Any) -> None:
     check_ids(target, Weights(*weights).num_items, "target")
 
 
-_backend.register(TOPK, _backend.native(TOPK, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_topk))
-_backend.register(RANK, _backend.native(RANK, "cpu", NATIVE_DTYPES), _backend.reference(ref.clustered_rank))
+_backend.register(
+    TOPK,
+    _backend.native(TOPK, "cpu", NATIVE_DTYPES),
+    _backend.triton("clustered_topk", TOPK, NATIVE_DTYPES, ref.clustered_topk),
+    _backend.reference(ref.clustered_topk),
+)
+_backend.register(
+    RANK,
+    _backend.native(RANK, "cpu", NATIVE_DTYPES),
+    _backend.triton("clustered_rank", RANK, NATIVE_DTYPES, ref.clustered_rank),
+    _backend.reference(ref.clustered_rank),
+)
 implement(TOPK, _check_topk, _check_topk_values, anchor=0)
 implement(RANK, _check_rank, _check_rank_values, anchor=0)
 

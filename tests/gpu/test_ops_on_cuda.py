@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cprec_kernels import functional
+from cprec_kernels import Partition, functional
+from cprec_kernels.functional import Weights
 from cprec_kernels.optim import RowwiseAdagrad, RowwiseAdamW
 from cprec_kernels.reference import block_embedding as ref_embedding
 from cprec_kernels.reference import clustered_softmax as ref_softmax
@@ -61,15 +62,72 @@ def test_clustered_softmax(case, dtype):
     assert all(w.grad.isfinite().all() for w in (*there.weights, *there.projections))
 
 
-def test_topk_and_rank(case):
-    weights = make_softmax(case.partition)
-    hidden = torch.randn(9, case.partition.embedding_dim)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_topk_rank_and_score(case, dtype):
+    weights = make_softmax(case.partition, dtype)
+    hidden = torch.randn(9, case.partition.embedding_dim).to(dtype)
     log_prob = functional.clustered_log_prob(hidden.double(), copy_weights(weights, torch.float64))
     there = copy_weights(weights, device="cuda")
-    k = min(10, case.partition.num_items)
-    scores, items = functional.clustered_topk(hidden.cuda(), k, there)
+    # Products of fp32 are split or rounded, and projected hidden states are rounded to 16 bits.
+    band = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    for k in {1, min(10, case.partition.num_items), case.partition.num_items}:
+        scores, items = functional.clustered_topk(hidden.cuda(), k, there)
+        assert_same_items(items.cpu(), scores.cpu(), log_prob, band)
+        own = log_prob.gather(1, items[:, k - 1 :].cpu())
+        rank = functional.clustered_rank(hidden.cuda(), items[:, k - 1], there).cpu()
+        assert ((log_prob > own + band).sum(1) <= rank).all()
+        assert (rank < (log_prob >= own - band).sum(1)).all()
+        given = functional.clustered_score(hidden.cuda(), items, there)
+        torch.testing.assert_close(given.cpu().double(), log_prob.gather(1, items.cpu()), rtol=0, atol=band)
+
+
+@pytest.mark.parametrize("shape", ["padded", "csr"])
+def test_topk_narrowed(case, shape):
+    weights, num_items = make_softmax(case.partition, logit_std=2.0), case.partition.num_items
+    hidden = torch.randn(300, case.partition.embedding_dim)
+    log_prob = functional.clustered_log_prob(hidden.double(), copy_weights(weights, torch.float64))
+    exclude = log_prob.argsort(1, descending=True)[:, : min(7, num_items)]
+    candidates = torch.arange(0, num_items, 2)
+    log_prob.scatter_(1, exclude, -torch.inf)
+    log_prob[:, 1::2] = -torch.inf
+    given = exclude.cuda()
+    if shape == "csr":
+        given = torch.arange(301).cuda() * exclude.shape[1], exclude.flatten().cuda()
+    scores, items = functional.clustered_topk(
+        hidden.cuda(),
+        min(5, num_items),
+        copy_weights(weights, device="cuda"),
+        exclude=given,
+        candidates=candidates.cuda(),
+    )
     assert_same_items(items.cpu(), scores.cpu(), log_prob, 1e-4)
-    assert (functional.clustered_rank(hidden.cuda(), items[:, k - 1], there) == k - 1).all()
+
+
+def test_rows_that_tie_beyond_their_room_are_searched_all_the_same():
+    partition = Partition(5000, [1000], [32, 16], 32)
+    zero = Weights(*(group and [torch.zeros_like(t) for t in group] for group in make_softmax(partition, bias=False)))
+    _, items = functional.clustered_topk(torch.randn(70, 32).cuda(), 12, copy_weights(zero, device="cuda"))
+    assert (items.cpu() == torch.arange(12)).all()
+
+
+def test_a_search_gives_the_same_bits_and_never_waits_for_the_device(case):
+    weights = copy_weights(make_softmax(case.partition), device="cuda")
+    hidden, seen = torch.randn(70, case.partition.embedding_dim).cuda(), make_ids(case.partition, (70, 3)).cuda()
+
+    def results():
+        found = functional.clustered_topk(hidden, min(5, case.partition.num_items), weights, exclude=seen)
+        ranks = functional.clustered_rank(hidden, seen[:, 0], weights)
+        return *found, ranks, functional.clustered_score(hidden, seen, weights)
+
+    expected = results()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = [results() for _ in range(5)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for found in again:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
