@@ -17,7 +17,7 @@ from benchmarks.errors import BenchmarkError, unknown
 from benchmarks.gpu_stages import STAGES
 
 ROOT = Path(__file__).parents[1]
-PLANS = {"check": ("machine", "check"), "bench": ("machine", "bench"), "all": STAGES}
+PLANS = {"check": ("machine", "check", "execution"), "bench": ("machine", "bench", "kernels"), "all": STAGES}
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -58,18 +58,30 @@ def describe(row: dict[str, Any]) -> str:
         return f"{'ok   ' if row['correct'] else 'WRONG'} {place}{repeats}" + "".join(
             f"\n      {w}" for w in row["wrong"]
         )
+    if row["kind"] == "execution":
+        return f"{'ok   ' if row['correct'] else 'WRONG'} {place}: {' '.join(row['wrong'] or row['last'])}"
+    if row["kind"] == "bench" and "error" in row:
+        return f"{place}: {row['error']}"
     if row["kind"] == "bench":
-        return f"{place}: {row['error']}" if "error" in row else f"{place}: {row['median_ms']:.3f} ms"
+        memory = "" if row.get("extra_mb") is None else f", {row['extra_mb']:,.0f} MB beside its inputs"
+        return f"{place}: {row['median_ms']:.3f} ms{memory}"
+    if row["kind"] == "kernel":
+        floor = f", {row['over_floor']:.2f} times its floor" if "over_floor" in row else ""
+        return f"{place}: {row['kernel']} {row['launch']}: {row['ms']:.3f} ms{floor}"
     return ", ".join(f"{key} {value}" for key, value in row.items())
 
 
 @app.command()
 def gpu(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for machine.json, check.json and bench.json.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for a JSON file per stage.")],
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all stages together.")] = 540.0,
     stage: Annotated[str, typer.Option(help="check, bench or all; each begins with the machine's own rates.")] = "all",
 ) -> None:
-    """Look at a machine with a GPU: versions and rates, every op against fp64, then times against torch's peers.
+    """Look at a machine with a GPU: versions and rates, every op against fp64, how they run, then times against peers.
+
+    The check runs every op against fp64, then `pytest -m gpu` (CUDA graphs, compilation, streams, waiting for the device,
+    repeated bits) and compute-sanitizer where that is installed. The bench times every op beside torch's ways to do the
+    like, with the memory each takes, and the kernels of a training step beside the least time that arithmetic allows.
 
     Every stage is a process of its own, gets what is left of the budget, and writes its rows one by one: a fault or the
     end of the budget costs only what was not reached. The first run compiles, which takes a minute or two.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu_floors import Rates, kernel_rows
+from benchmarks.gpu_peers import Peer, peers
 from benchmarks.results import write_text
 from cprec_kernels import BackendError, Partition, functional, use_backend
 from cprec_kernels.testing import (
@@ -29,7 +34,7 @@ from cprec_kernels.testing import (
 
 BACKENDS = ("native", "triton", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STAGES = ("machine", "check", "bench")
+STAGES = ("machine", "check", "execution", "bench", "kernels")
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -51,7 +56,9 @@ CHECK = (_size("20k-d128", 20_000, 128, (128, 32, 8), 2_000), _size("30k-d200", 
 BENCH = (
     _size("100k-d256", 100_000, 256, (256, 64, 16), 25_600),
     _size("1m-d128", 1_000_000, 128, (128, 32, 8), 12_800),
+    _size("10m-d256", 10_000_000, 256, (256, 64, 16), 8_192),
 )
+EXPS = 512  # powers of two per element that the probe takes, one after another
 
 
 # Operations: outputs and gradients by name
@@ -122,6 +129,7 @@ OPERATIONS: dict[str, Callable[[Size, torch.dtype, str], dict[str, Tensor]]] = {
     "clustered_rank": rank,
     "clustered_score": score,
 }
+SANITIZERS = ("memcheck", "racecheck")
 _drawing: list[torch.dtype] = []
 
 
@@ -153,6 +161,18 @@ def machine(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
     emit({"kind": "copy", "gb_per_s": 8 * count / timed(lambda: target.copy_(source), device)[0] / 1e6})
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     emit({"kind": "bf16 product", "tflops": 2 * side**3 / timed(lambda: a @ b, device)[0] / 1e9})
+    if device == "cuda":
+        emit({"kind": "exp2", "g_per_s": exp2_rate()})
+
+
+def exp2_rate() -> float:
+    """Powers of two per second, in units of 10^9, that the special function units give."""
+    from benchmarks.gpu_probe import exp2_kernel
+
+    programs, width = 4096, 1024
+    out = torch.empty(programs * width, device="cuda")
+    median = timed(lambda: exp2_kernel[(programs,)](out, EXPS, WIDTH=width, num_warps=4), "cuda")[0]
+    return programs * width * EXPS / median / 1e6
 
 
 def check(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
@@ -199,12 +219,31 @@ def bench(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
                 row = {"kind": "bench", "op": op, "size": size.name, "dtype": _name(dtype), "provider": name}
                 try:
                     with use_backend(name if name in BACKENDS else "auto"):
-                        median, p20, p80 = timed(make(), device)
-                    emit(row | {"median_ms": median, "p20_ms": p20, "p80_ms": p80})
+                        call = make()
+                        median, p20, p80 = timed(call, device)
+                        emit(
+                            row
+                            | {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "extra_mb": extra_mb(call, device)}
+                        )
                 except BackendError as error:
                     emit(row | {"skipped": str(error)})
+                except torch.OutOfMemoryError:
+                    emit(row | {"skipped": "out of memory"})
                 except Exception as error:
                     emit(row | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
+
+
+def extra_mb(call: Callable[[], object], device: str) -> float | None:
+    """What a call allocates at its peak beyond what was there, in MB; None off a device."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = call()
+    torch.cuda.synchronize()
+    del kept
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 Make = Callable[[], Callable[[], object]]
@@ -247,19 +286,74 @@ def _providers(size: Size, dtype: torch.dtype, device: str) -> Iterator[tuple[st
         full = torch.randn(partition.num_items, partition.embedding_dim, device=device, dtype=dtype, requires_grad=True)
         return step(lambda: nn.functional.embedding(ids, full), [full], upstream)()
 
-    def adaptive() -> Callable[[], object]:
-        module = nn.AdaptiveLogSoftmaxWithLoss(
-            partition.embedding_dim, partition.num_items, list(partition.cutoffs), device=device, dtype=dtype
-        )
-        return step(lambda: module(hidden, target).loss, [hidden, *module.parameters()], None)()
+    def full_loss(maker: Callable[[], Peer]) -> Make:
+        def make() -> Callable[[], object]:
+            value, leaves = maker()
+            return step(lambda: value(hidden, target), [hidden, *leaves], None)()
+
+        return make
 
     def brute_force() -> Callable[[], object]:
         full = torch.randn(partition.num_items, partition.embedding_dim, device=device, dtype=dtype)
         return lambda: (rows @ full.T).topk(10)
 
     yield "block_embedding fwd+bwd", "torch-embedding", table
-    yield "clustered_cross_entropy fwd+bwd", "torch-adaptive", adaptive
+    for name, maker in peers(partition, dtype, device):
+        yield "clustered_cross_entropy fwd+bwd", name, full_loss(maker)
     yield "clustered_topk", "torch-full-topk", brute_force
+
+
+def execution(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
+    """``pytest -m gpu`` (graphs, compilation, streams, waiting for the device, repeated bits), then compute-sanitizer."""
+    root = Path(__file__).parents[1]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
+    tiny = [sys.executable, "-m", "benchmarks.gpu_sanitized"]
+    commands = {"pytest": tests} | {tool: ["compute-sanitizer", "--tool", tool, *tiny] for tool in SANITIZERS}
+    for name, command in commands.items():
+        row = {"kind": "execution", "op": name}
+        if shutil.which(command[0]) is None:
+            emit(row | {"skipped": f"{command[0]} is not installed"})
+            continue
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        tail = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()][-30:]
+        emit(row | {"correct": done.returncode == 0, "wrong": [] if done.returncode == 0 else tail, "last": tail[-1:]})
+
+
+def kernels(device: str, sizes: tuple[Size, ...], emit: Emit, rates: Rates | None = None) -> None:
+    """Times of the single kernels of a training step of the loss in bf16, beside what they cannot be faster than."""
+    for size in sizes:
+        weights = copy_weights(
+            make_softmax(size.partition, torch.bfloat16, bias=False), device=device, requires_grad=True
+        )
+        hidden = make_hidden(size.partition, (size.tokens,), torch.bfloat16).to(device).requires_grad_()
+        target = make_ids(size.partition, (size.tokens,), seed=1)
+        there, leaves = target.to(device), [hidden, *weights.weights, *weights.projections]
+
+        def step() -> None:
+            torch.autograd.grad(functional.clustered_cross_entropy(hidden, there, weights), leaves)  # noqa: B023
+
+        rounds = [launches(step, device) for _ in range(5 if device == "cuda" else 1)]
+        events = [
+            (name, statistics.median(times[i][1] for times in rounds if len(times) == len(rounds[0])))
+            for i, (name, _) in enumerate(rounds[0])
+        ]
+        for row in kernel_rows(events, size.partition, target.tolist(), rates):
+            emit({"kind": "kernel", "size": size.name, **row})
+
+
+def launches(call: Callable[[], object], device: str) -> list[tuple[str, float]]:
+    """Name and ms of every kernel of a call, in order; off a device, of torch's operators."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    with profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as seen:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    events = sorted(
+        (event for event in seen.events() if event.time_range is not None), key=lambda e: e.time_range.start
+    )
+    return [(event.name, event.time_range.elapsed_us() / 1e3) for event in events]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -295,8 +389,14 @@ def run_stage(stage: str, path: Path, device: str = "cuda", sizes: tuple[Size, .
         rows.append(row)
         write_text(path, json.dumps({"stage": stage, "rows": rows}, indent=1) + "\n")
 
-    chosen = {"machine": (machine, ()), "check": (check, CHECK), "bench": (bench, BENCH)}[stage]
-    chosen[0](device, chosen[1] if sizes is None else sizes, emit)
+    beside = path.parent / "machine.json"
+    rates = Rates.from_rows(json.loads(beside.read_bytes())["rows"]) if beside.exists() else None
+    stages: dict[str, tuple[Callable[..., None], tuple[Size, ...]]] = {
+        "machine": (machine, ()), "check": (check, CHECK), "execution": (execution, ()), "bench": (bench, BENCH),
+        "kernels": (functools.partial(kernels, rates=rates), BENCH),
+    }  # fmt: skip
+    run, usual = stages[stage]
+    run(device, usual if sizes is None else sizes, emit)
 
 
 if __name__ == "__main__":

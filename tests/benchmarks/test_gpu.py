@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_stages
+from benchmarks import gpu, gpu_sanitized, gpu_stages
 from benchmarks.gpu import describe, main, read_rows
-from cprec_kernels import get_backend
+from benchmarks.gpu_floors import Rates, floor_ms, kernel_rows, level_logits
+from cprec_kernels import Partition, get_backend
 
 
 def call(capsys, *arguments, expect=0):
@@ -30,7 +32,7 @@ def test_no_device_is_said_in_one_line(tmp_path, capsys):
     assert "there are check, bench, all" in err
 
 
-@pytest.mark.parametrize("stage", gpu_stages.STAGES)
+@pytest.mark.parametrize("stage", [stage for stage in gpu_stages.STAGES if stage != "execution"])
 def test_stages_run_and_leave_rows(stage, tmp_path):
     path = tmp_path / "rows.json"
     gpu_stages.run_stage(stage, path, "cpu", (gpu_stages.TINY,))
@@ -38,6 +40,9 @@ def test_stages_run_and_leave_rows(stage, tmp_path):
     assert rows
     assert all(isinstance(describe(row), str) for row in rows)
     assert not [row for row in rows if row.get("correct") is False or "error" in row]
+    if stage == "bench":
+        named = {row["provider"] for row in rows if row["op"] == "clustered_cross_entropy fwd+bwd"}
+        assert {"torch-adaptive", "torch-linear"} <= named
     if stage == "check":
         assert {row["op"] for row in rows} == set(gpu_stages.OPERATIONS)
         assert all("triton" in row["skipped"] for row in rows if row["backend"] == "triton")
@@ -74,8 +79,51 @@ def test_a_failing_stage_does_not_stop_the_others(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "run_in_child", child)
     out, _ = call(capsys, "--out", tmp_path, expect=1)
-    assert done == ["machine", "check", "bench"]
+    assert done == list(gpu_stages.STAGES)
     assert "check: 1 rows, 0 bad; the stage failed: CUDA error" in out
+
+
+@pytest.mark.parametrize(("status", "correct"), [(0, True), (1, False)])
+def test_the_execution_stage_tells_what_its_commands_said(status, correct, tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, status, "3 passed\n", "")
+
+    monkeypatch.setattr(gpu_stages.subprocess, "run", run)
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: None if name == "compute-sanitizer" else name)
+    gpu_stages.run_stage("execution", tmp_path / "rows.json", "cpu", ())
+    tests, *sanitized = read_rows(tmp_path / "rows.json")
+    assert tests["correct"] is correct
+    assert "3 passed" in describe(tests)
+    assert gpu.is_bad(tests) is not correct
+    assert [row["skipped"] for row in sanitized] == ["compute-sanitizer is not installed"] * 2
+    assert [command[-1] for command in asked] == ["tests/gpu"]
+
+
+def test_what_the_sanitizer_watches_runs_every_op():
+    gpu_sanitized.main("cpu")
+
+
+def test_floors_by_hand():
+    partition = Partition(1_000, [100, 300], [64, 32, 4], 64)
+    targets = [5, 150, 150, 999]
+    assert level_logits(partition, targets) == [4 * 102, 2 * 200, 700]
+    rates = Rates(flops=1e9, exps=1e8)
+    # Two products of 64 columns: 2 * 2 * 64 FLOPs per logit outweigh its exponential; of 4, padded to 16, they do too.
+    scan = "clustered_softmax_scan_kernel"
+    assert floor_ms(scan, 64, 408, rates) == pytest.approx(1e3 * 408 * 256 / 1e9)
+    assert floor_ms(scan, 4, 700, rates) == pytest.approx(1e3 * 700 * 64 / 1e9)
+    assert floor_ms(scan, 4, 700, Rates(1e12, 1e8)) == pytest.approx(1e3 * 700 / 1e8)
+    rows = kernel_rows([(scan, 1.0), ("copy", 2.0), (scan, 1.0), (scan, 1.0)], partition, targets, rates)
+    assert [row["launch"] for row in rows] == [0, 0, 1, 2]
+    assert "over_floor" not in rows[1]
+    assert rows[0]["over_floor"] == pytest.approx(1.0 / rows[0]["floor_ms"])
+    assert all("over_floor" not in row for row in kernel_rows([(scan, 1.0)], partition, targets, None))
+    assert Rates.from_rows([{"kind": "copy", "gb_per_s": 1.0}]) is None
+    measured = [{"kind": "bf16 product", "tflops": 800.0}, {"kind": "exp2", "g_per_s": 3_700.0}]
+    assert Rates.from_rows(measured) == Rates(8e14, 3.7e12)
 
 
 def test_a_child_that_takes_too_long_or_dies_is_told(tmp_path):
