@@ -25,7 +25,7 @@ from .clustered_topk_rows import (
     log_prob_of,
     log_sum_exp,
     may_reach,
-    parent_log_probs,
+    parent_logits,
     pointer_types,
 )
 from .clustered_topk_scan import Cut, bound, cut_of, logits_of, tile_constants, whole_tiles
@@ -187,7 +187,7 @@ def clustered_rank(
     own = torch.empty(num_rows, dtype=torch.float32, device=device)
     z = [level.project(hidden).contiguous() for level in levels]
     lse = [log_sum_exp(levels[0], z[0], everyone)]
-    parents = [torch.zeros_like(own), *parent_log_probs(levels[0], z[0], lse[0])]
+    parents = [torch.zeros_like(own), *(parent_logits(levels[0], z[0]) - lse[0])]
     runs = [dataclasses.replace(everyone, offsets=plan.offsets, first=j, last=j + 1) for j in range(len(levels))]
     for j, level in enumerate(levels):
         if j > 0:
@@ -226,7 +226,7 @@ def clustered_score(
         rows = Rows.where(((items >= level.lo) & (items < level.hi)).any(1)) if j else Rows.all_of(input)
         lse = log_sum_exp(level, z, rows)
         if j == 0:
-            parents = [torch.zeros_like(lse), *parent_log_probs(level, z, lse)]
+            parents = [torch.zeros_like(lse), *(parent_logits(level, z) - lse)]
         block_c = configs.tile_for("score", level.rank, z.dtype, architecture(z.device)).block_v
         launch(
             clustered_score_kernel, num_processors(z.device) * 8, z,

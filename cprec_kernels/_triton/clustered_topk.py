@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .clustered_softmax import refusal as refusal
 from .clustered_softmax_plan import Level, levels_of
-from .clustered_topk_rows import Rows, items_of, log_sum_exp, may_reach, parent_log_probs
+from .clustered_topk_rows import Rows, items_of, log_sum_exp, may_reach, parent_logits
 from .clustered_topk_scan import append, bound
 from .clustered_topk_select import EMPTY, Excluded, decode, prune, select
 
@@ -60,9 +60,14 @@ def clustered_topk(
     if candidates is not None:
         allowed = torch.zeros(levels[-1].hi, dtype=torch.int8, device=device).index_fill_(0, candidates, 1)
     at_a_time = max(1, MAX_BYTES // max(bytes_per_row(level.hi - level.lo, expected, k) for level in levels))
+    # Multiplied before rows are sliced: the bits of torch's products may depend on how many rows there are.
+    projected = [level.project(input).contiguous() for level in levels]
+    labels = parent_logits(levels[0], projected[0])
     for start in range(0, num_rows, at_a_time):
         rows = slice(start, min(start + at_a_time, num_rows))
-        keys = _search(input[rows], k, levels, excluded.of_rows(rows), allowed, expected)
+        keys = _search(
+            [z[rows] for z in projected], labels[:, rows], k, levels, excluded.of_rows(rows), allowed, expected
+        )
         scores[rows], items[rows] = decode(keys)
     return scores, items
 
@@ -83,16 +88,16 @@ def bytes_per_row(num_items: int, expected: int, k: int) -> int:
 
 
 def _search(
-    input: Tensor, k: int, levels: Sequence[Level], excluded: Excluded, allowed: Tensor | None, expected: int
-) -> Tensor:
-    """Keys (R, k) of the best items, descending."""
-    num_rows, device = input.shape[0], input.device
-    everyone = Rows.all_of(input)
+    projected: Sequence[Tensor], labels: Tensor, k: int, levels: Sequence[Level],
+    excluded: Excluded, allowed: Tensor | None, expected: int,
+) -> Tensor:  # fmt: skip
+    """Keys (R, k) of the best items, descending, from every level's z (R, d_j) and the parent labels' logits (n - 1, R)."""
+    num_rows, device = projected[0].shape[0], projected[0].device
+    everyone = Rows.all_of(projected[0])
     tau = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=device)
     best = torch.full((num_rows, k), EMPTY, dtype=torch.int64, device=device)
-    parents: list[Tensor] = []
-    for j, level in enumerate(levels):
-        z = level.project(input).contiguous()
+    parents = labels
+    for j, (level, z) in enumerate(zip(levels, projected, strict=True)):
         parent = parents[j - 1] if j else torch.zeros_like(tau)
         rows = Rows.where(may_reach(parent, tau)) if j else everyone
         items = items_of(level)
@@ -104,7 +109,7 @@ def _search(
         # The tails hang on the head's log-sum-exp, whether or not the head has items for a row.
         lse = log_sum_exp(level, z, useful_rows if j else everyone)
         if j == 0:
-            parents = parent_log_probs(level, z, lse)
+            parents = labels - lse
         keys = torch.empty(num_rows, k + capacity_for(items.num_entries, expected), dtype=torch.int64, device=device)
         keys[:, :k] = best
         count = torch.zeros(num_rows, dtype=torch.int32, device=device)

@@ -110,15 +110,13 @@ def log_sum_exp(level: Level, z: Tensor, rows: Rows, lse: Tensor | None = None) 
     return lse
 
 
-def parent_log_probs(head: Level, z: Tensor, lse: Tensor) -> list[Tensor]:
-    """Log-probability (R,) in the head of every tail's parent label, from the head's z (R, d_0) and lse (R,)."""
-    labels = head.num_entries - (head.hi - head.lo)
-    if labels == 0:
-        return []
-    logits = matmul_wide(head.weight[-labels:], z.T.contiguous())
-    if head.bias is not None:
-        logits = logits + head.bias[-labels:, None].float()
-    return list((logits - lse).unbind(0))
+def parent_logits(head: Level, z: Tensor) -> Tensor:
+    """Logits (n - 1, R) fp32 of the tails' parent labels, from the head's z (R, d_0)."""
+    size = head.hi - head.lo
+    if size == head.num_entries:
+        return z.new_empty(0, z.shape[0], dtype=torch.float32)
+    logits = matmul_wide(head.weight[size:], z.T.contiguous())
+    return logits if head.bias is None else logits + head.bias[size:, None].float()
 
 
 def items_of(level: Level) -> Level:
