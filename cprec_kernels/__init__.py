@@ -4,6 +4,7 @@ from . import convert, functional, nn, optim, planning
 from ._backend import BackendError, backend_of, get_backend, set_backend, use_backend
 from ._native import available_cpu_isas, cpu_isa, release_memory, set_cpu_isa
 from ._version import __version__
+from ._warmup import warmup
 from .convert import compress
 from .ops._library import accumulate_in_place
 from .partition import Partition
@@ -27,4 +28,5 @@ __all__ = [
     "set_backend",
     "set_cpu_isa",
     "use_backend",
+    "warmup",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from cprec_kernels import available_cpu_isas, set_cpu_isa, use_backend
+from cprec_kernels import _backend, available_cpu_isas, set_cpu_isa, use_backend
 from cprec_kernels.testing import CASES
 
 
@@ -65,3 +66,18 @@ def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
     if name == "native":
         set_cpu_isa(os.environ.get("CPREC_CPU_ISA") or "auto")
+
+
+@pytest.fixture
+def through_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls of the ops on the CPU go to the Triton kernels, as those on a device do: interpreted, or only listed."""
+    for op in _backend.ops():
+        *_, reference = _backend._OPS[op]
+        for found in (i for i in _backend._OPS[op] if i.backend == "triton"):
+            monkeypatch.setitem(
+                _backend._OPS, op, (dataclasses.replace(found, device_types=("cpu", "cuda")), reference)
+            )
+    monkeypatch.setattr("cprec_kernels.ops.clustered_softmax.DESCENT_DEVICES", ("cpu",))
+    _backend._choose_cached.cache_clear()
+    yield
+    _backend._choose_cached.cache_clear()

@@ -15,7 +15,7 @@ STEMS = {"block_embedding", "clustered_softmax", "clustered_topk", "row_optimize
 # listed beside it as shared by all ops, has lost its way. Kernels that come later add their stem here.
 ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("cprec_kernels/reference", ".py"): (STEMS, {"__init__", "common"}),
-    ("cprec_kernels/ops", ".py"): (STEMS, {"__init__", "_library", "levels"}),
+    ("cprec_kernels/ops", ".py"): (STEMS, {"__init__", "_library", "_reduction", "levels"}),
     ("cprec_kernels/nn", ".py"): (
         {"block_embedding", "clustered_softmax", "topk_index"},
         {
@@ -38,8 +38,8 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("cprec_kernels/optim", ".py"): ({"rowwise_adagrad", "rowwise_adamw"}, {"__init__", "_rowwise"}),
     ("cprec_kernels/_triton", ".py"): (
         {"block_embedding", "clustered_softmax", "clustered_topk"},
-        {"__init__", "configs", "common", "block_embedding_backward", "block_embedding_projection", "clustered_rank"}
-        | {"clustered_softmax_backward", "clustered_softmax_plan", "clustered_softmax_weight"}
+        {"__init__", "configs", "common", "tuning", "warmup", "block_embedding_backward", "block_embedding_projection"}
+        | {"clustered_softmax_backward", "clustered_softmax_plan", "clustered_softmax_weight", "clustered_rank"}
         | {"clustered_topk_rows", "clustered_topk_scan", "clustered_topk_select"},
     ),
     ("csrc/include/cprec", ".h"): (
@@ -64,7 +64,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("tests/ops", ".py"): ({f"test_{stem}" for stem in STEMS}, set()),
     ("tests/triton", ".py"): (
         {"test_block_embedding", "test_clustered_softmax", "test_clustered_topk"},
-        {"conftest", "interpreter"} | {"test_clustered_rank"},
+        {"conftest", "interpreter", "test_clustered_rank", "test_tuning", "test_warmup"},
     ),
     ("tests/optim", ".py"): ({"test_rowwise_adagrad", "test_rowwise_adamw"}, {"test_pending_decay"}),
     ("benchmarks/ops", ".py"): (

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import AotCases, aot_case, dot_precision, padded_rank
+from .common import AotCases, aot_case, dot_precision, launch, padded_rank
 
 MAX_CLUSTERS = 8
 
@@ -166,11 +166,11 @@ def block_embedding(
         return out
     tables = tuple(table.contiguous() for table in embeddings)
     grid = (triton.cdiv(count, plan.blocks.tokens), triton.cdiv(plan.width, plan.block_n))
-    with torch.cuda.device_of(ids):
-        block_embedding_fwd_kernel[grid](
-            ids.contiguous(), tables, spread(plan, projections, tables[0]), out, count, *plan.offsets,
-            **plan.forward_constexprs(), **LAUNCH,
-        )  # fmt: skip
+    launch(
+        block_embedding_fwd_kernel, grid, ids,
+        ids.contiguous(), tables, spread(plan, projections, tables[0]), out, count, *plan.offsets,
+        **plan.forward_constexprs(), **LAUNCH,
+    )  # fmt: skip
     return out
 
 

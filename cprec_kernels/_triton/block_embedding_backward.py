@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .block_embedding import LAUNCH, MAX_CLUSTERS, OFFSETS, Plan, aot_plans, refusal, spread, with_integers
 from .block_embedding_projection import projection_gradients
-from .common import AotCases, aot_case, padded_rank
+from .common import AotCases, aot_case, launch, padded_rank
 
 __all__ = [
     "aot_cases",
@@ -256,9 +256,15 @@ class SortedBatch:
         self.keys, self.perm = torch.sort(keys, stable=True)
         self.count = ids.numel()
         self.bounds = torch.empty(len(plan.ranks) + 1, dtype=torch.int64, device=ids.device)
-        block_embedding_bounds_kernel[(triton.cdiv(self.count + 1, 1024),)](
+        launch(
+            block_embedding_bounds_kernel, triton.cdiv(self.count + 1, 1024), ids,
             self.keys, self.bounds, self.count, *plan.offsets, CLUSTERS=len(plan.ranks), BLOCK_T=1024, **LAUNCH
         )  # fmt: skip
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Which sorted tokens begin a run, and the number of every token's run, from 0."""
+        begins = self.keys.diff(prepend=self.keys.new_full((1,), -1)) != 0
+        return begins, begins.cumsum(0) - 1
 
     def sum_runs(
         self, projections: Sequence[Tensor], gradients: Sequence[Tensor], slots: Tensor, bases: Sequence[int],
@@ -268,7 +274,8 @@ class SortedBatch:
         plan, count = self.plan, self.count
         rows = self.grad.new_empty(count if plan.projected else 1, stride_of(plan), dtype=torch.float32)
         if plan.projected:
-            block_embedding_bwd_rows_kernel[(triton.cdiv(count, plan.blocks.tokens),)](
+            launch(
+                block_embedding_bwd_rows_kernel, triton.cdiv(count, plan.blocks.tokens), rows,
                 self.grad, self.perm, self.bounds, spread(plan, projections, self.grad), rows,
                 **rows_constexprs(plan), **LAUNCH,
             )  # fmt: skip
@@ -278,12 +285,14 @@ class SortedBatch:
         partials = rows.new_empty(chunks, 2, max(plan.ranks))
         tables = tuple(gradients)
         bases = (*bases, *[0] * (MAX_CLUSTERS - len(bases)))
-        block_embedding_bwd_runs_kernel[grid](
+        launch(
+            block_embedding_bwd_runs_kernel, grid, rows,
             self.grad, rows, self.perm, self.keys, slots, self.bounds, tables, partials, *bases,
             **constexprs, **ONE_WARP,
         )  # fmt: skip
         if chunks > 1:
-            block_embedding_bwd_crossing_kernel[grid](
+            launch(
+                block_embedding_bwd_crossing_kernel, grid, rows,
                 self.keys, slots, self.bounds, tables, partials, *bases,
                 **crossing_constexprs(plan, accumulate), **ONE_WARP,
             )  # fmt: skip
@@ -322,12 +331,11 @@ def _backward_onto(
     """Gradients of the projections; those of the tables go to ``d_embeddings``, unless it is empty."""
     if ids.numel() == 0 or not (d_embeddings or (want_projections and projections)):
         return _zeros(projections) if want_projections else []
-    with torch.cuda.device_of(ids):
-        batch = SortedBatch(grad, ids, Plan.of(embeddings, projections), padding_idx)
-        if d_embeddings:
-            starts = (0, *batch.plan.offsets)[: len(embeddings)]
-            batch.sum_runs(projections, d_embeddings, batch.keys, starts, accumulate)
-        return batch.d_projections(embeddings) if want_projections else []
+    batch = SortedBatch(grad, ids, Plan.of(embeddings, projections), padding_idx)
+    if d_embeddings:
+        starts = (0, *batch.plan.offsets)[: len(embeddings)]
+        batch.sum_runs(projections, d_embeddings, batch.keys, starts, accumulate)
+    return batch.d_projections(embeddings) if want_projections else []
 
 
 def block_embedding_backward_sparse(
@@ -340,23 +348,34 @@ def block_embedding_backward_sparse(
         rows = [ids.new_empty(0) for _ in embeddings if want_tables]
         values = [table.new_empty(0, table.shape[1]) for table in embeddings if want_tables]
         return rows, values, _zeros(projections) if want_projections else []
-    with torch.cuda.device_of(ids):
-        plan = Plan.of(embeddings, projections)
-        batch = SortedBatch(grad, ids, plan, padding_idx)
-        rows, values = [], []
-        if want_tables:
-            begins = batch.keys.diff(prepend=batch.keys.new_full((1,), -1)) != 0
-            slots = begins.cumsum(0) - 1
-            # Slots before every cluster's first token: the last one closes the last cluster.
-            before = torch.cat([slots.new_zeros(1), slots + 1])[batch.bounds]
-            edges = before.tolist()
-            touched = batch.keys[begins].long()
-            starts = (0, *plan.offsets)
-            for j, table in enumerate(embeddings):
-                rows.append(touched[edges[j] : edges[j + 1]] - starts[j])
-                values.append(table.new_empty(edges[j + 1] - edges[j], table.shape[1]))
-            batch.sum_runs(projections, values, slots, edges[:-1])
-        return rows, values, batch.d_projections(embeddings) if want_projections else []
+    plan = Plan.of(embeddings, projections)
+    batch = SortedBatch(grad, ids, plan, padding_idx)
+    rows, values = [], []
+    if want_tables:
+        begins, slots = batch.slots()
+        # Slots before every cluster's first token: the last one closes the last cluster.
+        before = torch.cat([slots.new_zeros(1), slots + 1])[batch.bounds]
+        edges = before.tolist()
+        touched = batch.keys[begins].long()
+        starts = (0, *plan.offsets)
+        for j, table in enumerate(embeddings):
+            rows.append(touched[edges[j] : edges[j + 1]] - starts[j])
+            values.append(table.new_empty(edges[j + 1] - edges[j], table.shape[1]))
+        batch.sum_runs(projections, values, slots, edges[:-1])
+    return rows, values, batch.d_projections(embeddings) if want_projections else []
+
+
+def rehearse_sparse(
+    grad: Tensor, ids: Tensor, embeddings: Sequence[Tensor], projections: Sequence[Tensor], padding_idx: int | None,
+    output_mask: Sequence[bool],
+) -> None:  # fmt: skip
+    """The launches of :func:`block_embedding_backward_sparse` without its wait for the device; see common.rehearse."""
+    want_tables, want_projections = output_mask
+    batch = SortedBatch(grad, ids, Plan.of(embeddings, projections), padding_idx)
+    if want_tables:
+        batch.sum_runs(projections, [torch.empty_like(table) for table in embeddings], batch.slots()[1], ())
+    if want_projections:
+        batch.d_projections(embeddings)
 
 
 def _zeros(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_embedding import LAUNCH, OFFSETS, Plan, aot_plans, with_integers
-from .common import AotCases, aot_case
+from .common import AotCases, aot_case, launch
 
 # One part per so many tokens of the batch, up to so many parts. Untimed.
 SPLIT_TOKENS, SPLITS = 512, 64
@@ -96,7 +96,8 @@ def projection_gradients(
     ranks = [plan.ranks[j] for j in plan.projected]
     units = sum(triton.cdiv(plan.ranks[j], plan.block_r[j]) for j in plan.projected)
     sums = grad.new_empty(splits, sum(ranks), plan.width, dtype=torch.float32)
-    block_embedding_bwd_projections_kernel[(splits, triton.cdiv(plan.width, plan.block_n), units)](
+    launch(
+        block_embedding_bwd_projections_kernel, (splits, triton.cdiv(plan.width, plan.block_n), units), grad,
         grad, perm, keys, bounds, tuple(table.contiguous() for table in embeddings), sums,
         splits, *plan.offsets, **projections_constexprs(plan), **LAUNCH,
     )  # fmt: skip

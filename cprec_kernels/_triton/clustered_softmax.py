@@ -41,6 +41,7 @@ from .common import (
     probability_shift,
     store_rows,
 )
+from .tuning import best_tile
 
 SCALARS = ["first", "last", "num_entries", "target_units"]
 
@@ -168,8 +169,8 @@ def clustered_softmax_fwd_kernel(
 ):  # fmt: skip
     """Merge a level's parts in order and add its terms to log_prob, uniform (T,) and lse (T,), in the batch's order.
 
-    With SMOOTH, mean (D,) and mean_bias (1,) are averages over the entries. With WITH_ROWS, descent (T, D) in sorted
-    order becomes -d log p / dz.
+    With SMOOTH, mean (D,) and mean_bias (1,) are averages over the entries. With WITH_ROWS, descent (T, D) becomes
+    -d log p / dz, in the batch's order, too.
     """
     start, count, token_tiles, _entry_tiles, parts = units_of(
         p_offsets, first, last, num_entries, target_units, BLOCK_T, BLOCK_V
@@ -219,7 +220,7 @@ def clustered_softmax_fwd_kernel(
             tl.store(p_uniform + place, before + ((mean - logit) - nll), mask=m_t)
         if WITH_ROWS:
             descent = b_rows * (shrink / whole)[:, None] - (rest / whole)[:, None] * b_w.to(tl.float32)
-            store_rows(p_descent, start + t, o_d, m_t, descent, D)
+            store_rows(p_descent, place, o_d, m_t, descent, D)
 
 
 # Launches
@@ -229,7 +230,16 @@ def scan(
     level: Level, plan: Plan, column: Tensor, z: Tensor, lse2: Tensor | None, with_rows: bool
 ) -> tuple[configs.Tile, Grid, Tensor, Tensor, Tensor]:
     """Launch the scan of a level: its tile and grid, and per unit the maxima, sums and rows."""
-    tile = configs.tile_for("scan_rows" if with_rows else "scan_lse", level.rank, z.dtype, architecture(z.device))
+
+    def run(tile: configs.Tile) -> tuple[configs.Tile, Grid, Tensor, Tensor, Tensor]:
+        return _scan_with(tile, level, plan, column, z, lse2, with_rows)
+
+    return run(best_tile("scan_rows" if with_rows else "scan_lse", level.rank, z, run))
+
+
+def _scan_with(
+    tile: configs.Tile, level: Level, plan: Plan, column: Tensor, z: Tensor, lse2: Tensor | None, with_rows: bool
+) -> tuple[configs.Tile, Grid, Tensor, Tensor, Tensor]:
     grid = Grid.of(tile, z.shape[0], z.device)
     block_d = padded_rank(level.rank)
     options: dict[str, Any] = {"dtype": torch.float32, "device": z.device}
@@ -255,13 +265,9 @@ def forward(
     tail_biases: Sequence[Tensor],
     ignore_index: int,
     smooth: bool,
-    with_rows: bool = False,
+    with_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """log_prob, uniform, lse_head and lse_tail (T,) as ``cprec::clustered_softmax``; all floating tensors of one dtype.
-
-    With ``with_rows`` also, per level, -d log p / dz (T, d_j) in sorted order, zero for tokens of other levels; the
-    backward pass then does not go over the weights again for the input's gradient.
-    """
+    """What ``cprec::clustered_softmax`` gives; all floating tensors of one dtype, ``with_rows`` its ``with_descents``."""
     num_tokens = target.shape[0]
     options: dict[str, Any] = {"device": input.device}
     log_prob, uniform = (torch.zeros(num_tokens, dtype=torch.float32, **options) for _ in range(2))
@@ -280,7 +286,7 @@ def forward(
         mean_bias = torch.zeros(1, **options)
         if smooth and level.bias is not None:
             mean_bias = level.bias.mean(0, keepdim=True, dtype=torch.float32)
-        descent = torch.zeros_like(z) if with_rows else z.new_empty(0)
+        descent = z.new_zeros(z.shape if with_rows else 0)
         launch(
             clustered_softmax_fwd_kernel, num_processors(z.device) * token.blocks_per_sm, z,
             z, level.weight, pointer(level.bias, z), column, plan.offsets, plan.order, maxima, sums, rows, mean, mean_bias,
@@ -300,11 +306,11 @@ def refusal(*args: Any) -> str:
     return f"rank {rank} is above {MAX_RANK}" if rank > MAX_RANK else ""
 
 
-def clustered_softmax(input: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def clustered_softmax(input: Tensor, target: Tensor, *args: Any) -> tuple[Any, ...]:
     """The op ``cprec::clustered_softmax``."""
-    *factors, ignore_index, smooth, arithmetic = args
+    *factors, ignore_index, smooth, arithmetic, with_descents = args
     hidden, weights, projections, head_bias, tail_biases = cast([input, *factors], arithmetic or input.dtype)
-    return forward(hidden, target, weights, projections, head_bias, tail_biases, ignore_index, smooth)[:4]
+    return forward(hidden, target, weights, projections, head_bias, tail_biases, ignore_index, smooth, with_descents)
 
 
 def pointer(tensor: Tensor | None, stand_in: Tensor) -> Tensor:

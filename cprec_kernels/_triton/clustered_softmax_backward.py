@@ -86,7 +86,7 @@ def clustered_softmax_bwd_token_kernel(
 
 @triton.jit(do_not_specialize=SCALARS)
 def clustered_softmax_bwd_input_kernel(
-    p_w, p_column, p_ratio, p_uniform, p_factor, p_gap, p_mean, p_offsets, p_rows, p_descent, p_dz,
+    p_w, p_column, p_ratio, p_uniform, p_factor, p_gap, p_mean, p_offsets, p_order, p_rows, p_descent, p_dz,
     first, last, num_entries, target_units,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
     FROM_ROWS: tl.constexpr,
@@ -111,7 +111,8 @@ def clustered_softmax_bwd_input_kernel(
             descent *= tl.load(p_factor + start + t, mask=m_t, other=0.0)[:, None]
             descent -= tl.load(p_gap + start + t, mask=m_t, other=0.0)[:, None] * b_w
         else:
-            descent = load_rows(p_descent, start + t, o_d, m_t, D, BLOCK_D, True).to(tl.float32)
+            place = tl.load(p_order + start + t, mask=m_t, other=0)
+            descent = load_rows(p_descent, place, o_d, m_t, D, BLOCK_D, True).to(tl.float32)
         ratio = tl.load(p_ratio + start + t, mask=m_t, other=0.0)
         uniform = tl.load(p_uniform + start + t, mask=m_t, other=0.0)
         dz = ratio[:, None] * descent + uniform[:, None] * (b_mean[None, :] - b_w)
@@ -179,19 +180,28 @@ def _mean_row(level: Level, upstream: Upstream) -> Tensor:
 
 
 def _level_input(
-    level: Level, plan: Plan, column: Tensor, z: Tensor, terms: TokenTerms, upstream: Upstream, descent: Tensor | None
+    level: Level,
+    plan: Plan,
+    column: Tensor,
+    z: Tensor,
+    terms: TokenTerms | None,
+    upstream: Upstream,
+    descent: Tensor | None,
 ) -> Tensor:
-    """dz (T, D) in sorted order, fp32, by ``upstream.scale``; zero for tokens of other levels."""
+    """dz (T, D) in sorted order, fp32, by ``upstream.scale``; zero for tokens of other levels. Needs terms or a descent."""
     token = configs.tile_for("token", level.rank, z.dtype, architecture(z.device))
     dz = torch.zeros(z.shape, dtype=torch.float32, device=z.device)
     rows, tile, target_units = dz, token, 1
+    factor = gap = upstream.ratio
     if descent is None:
+        assert terms is not None
+        factor, gap = terms.factor, terms.gap
         tile, grid, _, _, rows = scan(level, plan, column, z, terms.lse2, True)
         target_units = grid.target_units
     launch(
         clustered_softmax_bwd_input_kernel, num_processors(z.device) * token.blocks_per_sm, z,
-        level.weight, column, upstream.ratio, upstream.uniform, terms.factor, terms.gap,
-        _mean_row(level, upstream), plan.offsets,
+        level.weight, column, upstream.ratio, upstream.uniform, factor, gap,
+        _mean_row(level, upstream), plan.offsets, plan.order,
         rows, pointer(descent, z), dz, level.first, level.last, level.num_entries, target_units,
         **_input_constants(level.rank, tile, token, descent is None),
         num_warps=token.num_warps, num_stages=token.num_stages,
@@ -213,11 +223,11 @@ def backward(
     ignore_index: int,
     output_mask: Sequence[bool],
     dtype: torch.dtype,
-    descents: Sequence[Tensor] | None = None,
+    descents: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, list[Tensor]]:
     """Gradients in ``dtype`` as ``cprec::clustered_softmax_backward``; all floating operands of one dtype.
 
-    ``descents`` are those of :func:`.clustered_softmax.forward`; without them the rows are computed again.
+    ``descents`` are those of the forward pass; without them the rows are computed again.
     """
     want_input, want_weights, want_projections, want_head_bias, want_tail_biases = output_mask
     levels = levels_of(weights, projections, head_bias, tail_biases)
@@ -241,9 +251,11 @@ def backward(
     lse = [lse_head.index_select(0, plan.order), lse_tail.index_select(0, plan.order)]
     for j, (level, column) in enumerate(zip(levels, plan.columns, strict=True)):
         z = level.project(packed)
-        terms = _token_terms(level, plan, column, z, lse[min(j, 1)], upstream)
         want_bias = level.bias is not None and (want_head_bias if j == 0 else want_tail_biases)
-        if want_weights or want_bias:
+        terms = None
+        if want_weights or want_bias or not descents:
+            terms = _token_terms(level, plan, column, z, lse[min(j, 1)], upstream)
+        if terms is not None and (want_weights or want_bias):
             d_weight, d_bias = level_weight(level, plan, column, z, terms.shifted, terms.value, upstream, dtype)
             if want_weights:
                 d_weights.append(d_weight)
@@ -253,7 +265,7 @@ def backward(
                 d_biases.append(d_bias)
         if not want_input and (level.projection is None or not want_projections):
             continue
-        dz = _level_input(level, plan, column, z, terms, upstream, None if descents is None else descents[j])
+        dz = _level_input(level, plan, column, z, terms, upstream, descents[j] if descents else None)
         if level.projection is None:
             d_packed += dz
             continue
@@ -271,11 +283,11 @@ def clustered_softmax_backward(
     grad_log_prob: Tensor, grad_uniform: Tensor, input: Tensor, target: Tensor, *args: Any
 ) -> tuple[Any, ...]:
     """The op ``cprec::clustered_softmax_backward``."""
-    *factors, lse_head, lse_tail, ignore_index, arithmetic, output_mask = args
+    *factors, lse_head, lse_tail, descents, ignore_index, arithmetic, output_mask = args
     hidden, weights, projections, head_bias, tail_biases = cast([input, *factors], arithmetic or input.dtype)
     return backward(
         grad_log_prob, grad_uniform, hidden, target, weights, projections, head_bias, tail_biases, lse_head, lse_tail,
-        ignore_index, output_mask, input.dtype,
+        ignore_index, output_mask, input.dtype, descents,
     )  # fmt: skip
 
 
@@ -317,6 +329,8 @@ def aot_cases(arch: int) -> AotCases:
                 ("token", clustered_softmax_bwd_token_kernel, _token_constants(rank, dtype, token, True),
                  token.num_warps, token.num_stages),
                 ("input", clustered_softmax_bwd_input_kernel, _input_constants(rank, rows, token, True),
+                 token.num_warps, token.num_stages),
+                ("input_known", clustered_softmax_bwd_input_kernel, _input_constants(rank, token, token, False),
                  token.num_warps, token.num_stages),
                 ("mean", clustered_softmax_bwd_mean_kernel, _mean_constants(rank), MEAN_WARPS, 2),
             ):  # fmt: skip

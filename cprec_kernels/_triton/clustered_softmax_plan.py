@@ -134,9 +134,9 @@ class Upstream(NamedTuple):
 def normalise(grad_log_prob: Tensor, grad_uniform: Tensor, plan: Plan, num_clusters: int) -> Upstream:
     """Upstream gradients of a batch, as the kernels take them."""
     position = torch.arange(plan.order.numel(), device=plan.order.device)
-    counted = position < plan.offsets[num_clusters]
-    g1 = torch.where(counted, grad_log_prob.float()[plan.order], 0.0)
-    g2 = torch.where(counted, grad_uniform.float()[plan.order], 0.0)
+    counted = position < plan.offsets.select(0, num_clusters)
+    g1 = torch.where(counted, grad_log_prob.float().index_select(0, plan.order), 0.0)
+    g2 = torch.where(counted, grad_uniform.float().index_select(0, plan.order), 0.0)
     c = -(g1 + g2)
     bottom, top = torch.aminmax(c)
     size = torch.maximum(torch.maximum(top, -bottom), g2.abs().amax())

@@ -20,7 +20,6 @@ from .common import (
     TYPE_NAMES,
     AotCases,
     aot_case,
-    architecture,
     dot_precision,
     launch,
     load_rows,
@@ -30,6 +29,7 @@ from .common import (
     probability_shift,
     store_rows,
 )
+from .tuning import best_tile
 
 MAX_SPLITS = 8
 
@@ -156,17 +156,34 @@ def level_weight(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """dW (C, D) and db (C,), or an empty db where there is no bias."""
+
+    def run(tile: configs.Tile) -> tuple[Tensor, Tensor]:
+        return _level_weight_with(tile, level, plan, column, z, shifted, value, upstream, dtype)
+
+    return run(best_tile("weight", level.rank, z, run))
+
+
+def _level_weight_with(
+    tile: configs.Tile,
+    level: Level,
+    plan: Plan,
+    column: Tensor,
+    z: Tensor,
+    shifted: Tensor,
+    value: Tensor,
+    upstream: Upstream,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     device, num_entries = z.device, level.num_entries
-    tile = configs.tile_for("weight", level.rank, z.dtype, architecture(device))
     entry_tiles = -(-num_entries // tile.block_v)
     programs = num_processors(device) * tile.blocks_per_sm
     # A head of few tiles would leave most of the device idle: its tokens are cut, too, and the parts summed in order.
     splits = max(1, min(programs // entry_tiles, MAX_SPLITS, -(-z.shape[0] // tile.block_t)))
     final = splits == 1
     position = torch.arange(z.shape[0], device=device)
-    member = (position >= plan.offsets[level.first]) & (position < plan.offsets[level.last])
+    member = (position >= plan.offsets.select(0, level.first)) & (position < plan.offsets.select(0, level.last))
     g2 = torch.where(member, upstream.uniform, 0.0)
-    common = torch.cat([matmul_wide(g2[None].to(z.dtype), z)[0], g2.sum(0, keepdim=True)]) / num_entries
+    common = torch.cat([matmul_wide(g2.unsqueeze(0).to(z.dtype), z).squeeze(0), g2.sum(0, keepdim=True)]) / num_entries
     starts = (torch.arange(entry_tiles + 1, device=device) * tile.block_v).clamp(max=num_entries)
     keys, lowest = (column, 0) if level.lo == 0 else (plan.ids, level.lo)
     bounds = torch.searchsorted(keys, (starts + lowest).to(torch.int32), out_int32=True)
@@ -182,11 +199,11 @@ def level_weight(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if final:
-        return d_weight[0], d_bias[0]
+        return d_weight.squeeze(0), d_bias.squeeze(0)
     d_weight, d_bias = d_weight.sum(0), d_bias.sum(0)
     return (
-        ((d_weight + common[:-1]) * upstream.scale).to(dtype),
-        ((d_bias + common[-1]) * upstream.scale).to(dtype),
+        ((d_weight + common.narrow(0, 0, level.rank)) * upstream.scale).to(dtype),
+        ((d_bias + common.select(0, -1)) * upstream.scale).to(dtype),
     )
 
 

@@ -1,6 +1,7 @@
 """What the Triton kernels share: constants, padded ranks, precision of fp32 products, and the one way to launch."""
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -79,11 +80,43 @@ def num_processors(device: torch.device) -> int:
     return _device_facts(device.index)[1] if device.type == "cuda" and device.index is not None else 3
 
 
-def launch(kernel: Any, num_programs: int, anchor: Tensor, *args: Any, **options: Any) -> None:
-    """Run ``kernel`` with a one-dimensional grid on the device of ``anchor``, whichever device is current."""
+class Launch(NamedTuple):
+    """A launch that was asked for: a kernel, its arguments, its constants and compile options."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_rehearsal: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("rehearsal", default=None)
+
+
+@contextlib.contextmanager
+def rehearse() -> Iterator[list[Launch]]:
+    """Inside, this thread's launches are listed and not run: with fake tensors, what a call would compile."""
+    launches: list[Launch] = []
+    token = _rehearsal.set(launches)
+    try:
+        yield launches
+    finally:
+        _rehearsal.reset(token)
+
+
+def is_rehearsal() -> bool:
+    """Whether this thread's launches are only listed at the moment."""
+    return _rehearsal.get() is not None
+
+
+def launch(kernel: Any, grid: int | tuple[int, ...], anchor: Tensor, *args: Any, **options: Any) -> None:
+    """Run ``kernel`` on the device of ``anchor``, whichever device is current. The one way to run one."""
+    options = {"enable_fp_fusion": True} | options  # its default changes in Triton 3.10
+    launches = _rehearsal.get()
+    if launches is not None:
+        launches.append(Launch(kernel, args, options))
+        return
     guard = torch.cuda.device(anchor.device) if anchor.is_cuda else contextlib.nullcontext()
     with guard:
-        kernel[(num_programs,)](*args, **options)
+        kernel[grid if isinstance(grid, tuple) else (grid,)](*args, **options)
 
 
 class AotCase(NamedTuple):

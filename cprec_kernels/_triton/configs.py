@@ -2,7 +2,8 @@
 
 Where a number comes from is said beside it. No entry has been timed: the tiles were chosen by what ptxas made of them
 (registers, spills, shared memory and instructions per logit, with bias), most of them for sm_90 and bf16 or fp32, and the
-first run on a GPU is to replace them by measured ones. :func:`override` is the door for tuning and for tests.
+first run on a GPU is to replace them by measured ones. :func:`override` is the door for experiments and for tests,
+tuning.py times alternatives on request.
 """
 
 from __future__ import annotations
@@ -150,6 +151,11 @@ def tile_for(kernel: str, rank: int, dtype: torch.dtype, architecture: int) -> T
     key = kernel, padded_rank(rank), dtype.itemsize
     known = max((known for known in ARCHITECTURES if known <= architecture), default=ARCHITECTURES[0])
     return BY_ARCHITECTURE.get((known, key), TABLE[key])
+
+
+def is_overridden(kernel: str) -> bool:
+    """Whether :func:`override` decides a kernel's tile at the moment."""
+    return kernel in _OVERRIDES
 
 
 @contextlib.contextmanager

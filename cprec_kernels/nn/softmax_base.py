@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..ops.clustered_softmax import check_loss_options, reduce_loss
+from ..ops._reduction import check_loss_options, reduce_loss
 from ..ops.clustered_topk import Exclude
 from ..ops.levels import check_z_loss, z_penalty
 from ..partition import Partition

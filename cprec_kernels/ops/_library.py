@@ -83,8 +83,13 @@ def autocast(op: str, rule: Callable[..., Any]) -> None:
         LIBRARY.impl(op, kernel, key)
 
 
-def cast_floating(value: Any, dtype: torch.dtype) -> Any:
-    """``value`` with every floating tensor narrower than fp64 in ``dtype``; lists are walked, the rest passes through."""
+def cast_floating(value: Any, dtype: torch.dtype | None) -> Any:
+    """``value`` with every floating tensor narrower than fp64 in ``dtype``; lists are walked, the rest passes through.
+
+    With a ``dtype`` of None, ``value`` as it is.
+    """
+    if dtype is None:
+        return value
     if isinstance(value, Tensor):
         eligible = value.is_floating_point() and value.dtype != torch.float64
         return value.to(dtype) if eligible else value
@@ -118,12 +123,17 @@ def accumulate_in_place(parameters: Iterable[Tensor], enabled: bool = True) -> N
         setattr(parameter, _IN_PLACE, enabled)
 
 
+def asked_in_place(tables: Sequence[Tensor]) -> bool:
+    """Whether all tables asked for :func:`accumulate_in_place`."""
+    return all(getattr(table, _IN_PLACE, False) for table in tables)
+
+
 def gradients_in_place(tables: Sequence[Tensor]) -> list[Tensor] | None:
     """The ``.grad`` of every table, when all of them asked for :func:`accumulate_in_place` and have one that fits."""
+    if not asked_in_place(tables):
+        return None
     gradients = []
     for table in tables:
-        if not getattr(table, _IN_PLACE, False):
-            return None
         gradient = table.grad
         if gradient is None or gradient.layout != torch.strided or gradient.dtype != table.dtype:
             return None
@@ -163,6 +173,18 @@ def check_integers(ids: Tensor, name: str) -> None:
     torch._check_type(
         ids.dtype == torch.int64, lambda: f"{name} must be int64, got {ids.dtype}; convert with {name}.long()"
     )
+
+
+def check_rows(rows: Tensor, input: Tensor, name: str, dim: int) -> None:
+    """Check an int64 tensor that has one row (or entry) per row of ``input``."""
+    check_integers(rows, name)
+    torch._check_value(
+        rows.dim() == dim and rows.shape[0] == input.shape[0],
+        lambda: (
+            f"{name} must have one {'entry' if dim == 1 else 'row'} per row of input, got shapes {tuple(rows.shape)} and {tuple(input.shape)}"
+        ),
+    )
+    torch._check_value(rows.device == input.device, lambda: f"{name} is on {rows.device}, input on {input.device}")
 
 
 def check_factors(tables: Sequence[Tensor], projections: Sequence[Tensor], name: str) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +22,8 @@ from ._library import (
     cast_floating,
     check_factors,
     check_ids,
-    check_integers,
     check_leading,
+    check_rows,
     check_same_kind,
     define,
     fake,
@@ -28,24 +31,25 @@ from ._library import (
     implement,
     not_twice_differentiable,
 )
+from ._reduction import reduce_loss
 from .block_embedding import keep
 
 # Schema
 
 WEIGHTS = "Tensor[] weights, Tensor[] projections, Tensor? head_bias, Tensor[] tail_biases"
 FORWARD = define(
-    f"clustered_softmax(Tensor input, Tensor target, {WEIGHTS}, int ignore_index, bool smooth, ScalarType? arithmetic)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    f"clustered_softmax(Tensor input, Tensor target, {WEIGHTS}, int ignore_index, bool smooth, ScalarType? arithmetic,"
+    " bool with_descents) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 BACKWARD = define(
     f"clustered_softmax_backward(Tensor grad_log_prob, Tensor grad_uniform, Tensor input, Tensor target, {WEIGHTS},"
-    " Tensor lse_head, Tensor lse_tail, int ignore_index, ScalarType? arithmetic, bool[5] output_mask)"
+    " Tensor lse_head, Tensor lse_tail, Tensor[] descents, int ignore_index, ScalarType? arithmetic, bool[5] output_mask)"
     " -> (Tensor, Tensor[], Tensor[], Tensor, Tensor[])"
 )
 BACKWARD_INTO = define(
     f"clustered_softmax_backward_into(Tensor grad_log_prob, Tensor grad_uniform, Tensor input, Tensor target, {WEIGHTS},"
-    " Tensor lse_head, Tensor lse_tail, int ignore_index, ScalarType? arithmetic, Tensor(a!)[] d_weights,"
-    " bool[5] output_mask) -> (Tensor, Tensor[], Tensor, Tensor[])"
+    " Tensor lse_head, Tensor lse_tail, Tensor[] descents, int ignore_index, ScalarType? arithmetic,"
+    " Tensor(a!)[] d_weights, bool[5] output_mask) -> (Tensor, Tensor[], Tensor, Tensor[])"
 )
 LOG_PROB = define(f"clustered_log_prob(Tensor input, {WEIGHTS}) -> Tensor")
 SCORE = define(f"clustered_score(Tensor input, Tensor items, {WEIGHTS}) -> Tensor")
@@ -106,26 +110,14 @@ def check_weights(input: Tensor, weights: Weights) -> None:
     check_same_kind([weights.weights[0], input, *(bias for _, bias, _ in named)], "weights")
 
 
-def check_rows(rows: Tensor, input: Tensor, name: str, dim: int) -> None:
-    """Check an int64 tensor that has one row (or entry) per row of ``input``."""
-    check_integers(rows, name)
-    torch._check_value(
-        rows.dim() == dim and rows.shape[0] == input.shape[0],
-        lambda: (
-            f"{name} must have one {'entry' if dim == 1 else 'row'} per row of input, got shapes {tuple(rows.shape)} and {tuple(input.shape)}"
-        ),
-    )
-    torch._check_value(rows.device == input.device, lambda: f"{name} is on {rows.device}, input on {input.device}")
-
-
 def _check(input: Tensor, target: Tensor, *args: Any) -> None:
-    *weights, _ignore_index, _smooth, _arithmetic = args
+    *weights, _ignore_index, _smooth, _arithmetic, _with_descents = args
     check_weights(input, Weights(*weights))
     check_rows(target, input, "target", dim=1)
 
 
 def _check_values(input: Tensor, target: Tensor, *args: Any) -> None:
-    *weights, ignore_index, _smooth, _arithmetic = args
+    *weights, ignore_index, _smooth, _arithmetic, _with_descents = args
     check_ids(target, Weights(*weights).num_items, "target", allowed=ignore_index)
 
 
@@ -138,24 +130,31 @@ def _unchecked(*args: Any) -> None:
     """For what only a checked forward can call."""
 
 
-def _reference(input: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *weights, ignore_index, smooth, arithmetic = args
-    hidden, *factors = [input, *weights] if arithmetic is None else cast_floating([input, *weights], arithmetic)
+def _reference(input: Tensor, target: Tensor, *args: Any) -> tuple[Any, ...]:
+    *weights, ignore_index, smooth, arithmetic, _ = args
+    hidden, *factors = cast_floating([input, *weights], arithmetic)
     log_prob, uniform, lse_head, lse_tail = ref.clustered_softmax(hidden, target, *Weights(*factors), ignore_index)
-    return log_prob, uniform if smooth else torch.zeros_like(uniform), lse_head.double(), lse_tail.double()
+    uniform = uniform if smooth else torch.zeros_like(uniform)
+    return log_prob, uniform, lse_head.double(), lse_tail.double(), _reference_descents(input, target, *args)
+
+
+def _reference_descents(input: Tensor, target: Tensor, *args: Any) -> list[Tensor]:
+    *weights, ignore_index, _smooth, arithmetic, with_descents = args
+    hidden, *factors = cast_floating([input, *weights], arithmetic)
+    return ref.clustered_softmax_descents(hidden, target, *Weights(*factors), ignore_index) if with_descents else []
 
 
 def _reference_backward(
     grad_log_prob: Tensor, grad_uniform: Tensor, input: Tensor, target: Tensor, *args: Any
 ) -> tuple[Any, ...]:
-    *weights, lse_head, lse_tail, ignore_index, arithmetic, output_mask = args
-    hidden, *factors = [input, *weights] if arithmetic is None else cast_floating([input, *weights], arithmetic)
+    *weights, lse_head, lse_tail, _descents, ignore_index, arithmetic, output_mask = args
+    hidden, *factors = cast_floating([input, *weights], arithmetic)
     wide = accumulate_dtype(hidden.dtype)
     gradients = ref.clustered_softmax_backward(
         grad_log_prob, grad_uniform, hidden, target, *Weights(*factors), lse_head.to(wide), lse_tail.to(wide),
         ignore_index, output_mask,
     )  # fmt: skip
-    return gradients if arithmetic is None else cast_floating(gradients, input.dtype)
+    return tuple(cast_floating(gradients, input.dtype))
 
 
 def _reference_backward_into(*args: Any) -> tuple[Any, ...]:
@@ -166,16 +165,25 @@ def _reference_backward_into(*args: Any) -> tuple[Any, ...]:
     return d_input, *rest
 
 
+# The CPU's kernels know no descents: their backward pass has the logits of a block at hand for all gradients.
+def _native(*args: Any) -> tuple[Any, ...]:
+    return *torch.ops.cprec_native.clustered_softmax(*args[:-1]), _reference_descents(*args)
+
+
+def _native_backward(op: str, *args: Any) -> Any:
+    return getattr(torch.ops.cprec_native, op)(*args[:10], *args[11:])
+
+
 # Half precision is multiplied as it is (on the CPU, fp16 widened) and summed in fp32.
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-for _op, _plain in (
-    (FORWARD, _reference),
-    (BACKWARD, _reference_backward),
-    (BACKWARD_INTO, _reference_backward_into),
+for _op, _compiled, _plain in (
+    (FORWARD, _native, _reference),
+    (BACKWARD, functools.partial(_native_backward, BACKWARD), _reference_backward),
+    (BACKWARD_INTO, functools.partial(_native_backward, BACKWARD_INTO), _reference_backward_into),
 ):
     _backend.register(
         _op,
-        _backend.native(_op, "cpu", NATIVE_DTYPES),
+        dataclasses.replace(_backend.native(_op, "cpu", NATIVE_DTYPES), call=_compiled),
         _backend.triton("clustered_softmax_backward" if "backward" in _op else FORWARD, _op, NATIVE_DTYPES, _plain),
         _backend.reference(_plain),
     )
@@ -207,14 +215,16 @@ LIBRARY.impl(LOG_PROB, _log_prob, "CompositeImplicitAutograd")
 # Fake
 
 
-def _fake(input: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(input: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     _check(input, target, *args)
+    weights, *_, arithmetic, with_descents = args
     wide = accumulate_dtype(input.dtype)
     log_prob, uniform, lse_head, lse_tail = (
         torch.empty_like(target, dtype=dtype, memory_format=torch.contiguous_format)
         for dtype in (wide, wide, torch.float64, torch.float64)
     )
-    return log_prob, uniform, lse_head, lse_tail
+    descents = [input.new_empty(input.shape[0], weight.shape[1]) for weight in weights if with_descents]
+    return log_prob, uniform, lse_head, lse_tail, cast_floating(descents, arithmetic)
 
 
 def _fake_backward(
@@ -256,23 +266,26 @@ fake(SCORE, _fake_score)
 # Autograd
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, target, weights, projections, head_bias, tail_biases, ctx.ignore_index, _, ctx.arithmetic = inputs
-    _, _, lse_head, lse_tail = output
-    ctx.mark_non_differentiable(lse_head, lse_tail)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, _, weights, projections, head_bias, tail_biases, ctx.ignore_index, _, ctx.arithmetic, _ = inputs
+    _, _, lse_head, lse_tail, descents = output
+    ctx.mark_non_differentiable(lse_head, lse_tail, *descents)
+    ctx.set_materialize_grads(False)  # zeros for the descents would be written for nobody
     ctx.counts = len(weights), len(projections), len(tail_biases)
-    ctx.save_for_backward(input, target, lse_head, lse_tail, head_bias, *weights, *projections, *tail_biases)
+    ctx.save_for_backward(*inputs[:2], lse_head, lse_tail, head_bias, *weights, *projections, *tail_biases, *descents)
 
 
-def _backward(ctx: Any, grad_log_prob: Tensor, grad_uniform: Tensor, _head: Tensor, _tail: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_log_prob: Tensor | None, grad_uniform: Tensor | None, *_: Any) -> tuple[Any, ...]:
     input, target, lse_head, lse_tail, head_bias, *rest = ctx.saved_tensors
-    num_weights, num_projections, _ = ctx.counts
-    weights, projections = rest[:num_weights], rest[num_weights : num_weights + num_projections]
-    tail_biases = rest[num_weights + num_projections :]
+    rest = iter(rest)
+    weights, projections, tail_biases = (list(itertools.islice(rest, count)) for count in ctx.counts)
+    descents = list(rest)
+    zeros = torch.zeros_like(lse_head, dtype=accumulate_dtype(input.dtype))
+    grad_log_prob, grad_uniform = (zeros if grad is None else grad for grad in (grad_log_prob, grad_uniform))
     need_input, _, need_weights, need_projections, need_head_bias, need_tail_biases, *_ = ctx.needs_input_grad
     args = (
         grad_log_prob, grad_uniform, input, target, weights, projections, head_bias, tail_biases,
-        lse_head, lse_tail, ctx.ignore_index, ctx.arithmetic,
+        lse_head, lse_tail, descents, ctx.ignore_index, ctx.arithmetic,
     )  # fmt: skip
     mask = [need_input, any(need_weights), any(need_projections), need_head_bias, any(need_tail_biases)]
     in_place = gradients_in_place(weights) if all(need_weights) else None
@@ -293,6 +306,7 @@ def _backward(ctx: Any, grad_log_prob: Tensor, grad_uniform: Tensor, _head: Tens
         None,
         None,
         None,
+        None,
     )
 
 
@@ -305,9 +319,9 @@ not_twice_differentiable(BACKWARD)
 def _autocast_forward(overload: Any, dtype: torch.dtype, input: Tensor, target: Tensor, *args: Any) -> Any:
     # The weights stay as they are, and so do their gradients: narrow copies of large tables would cost more than they
     # save, and the kernels narrow a block at a time. Results stay in fp32.
-    weights, *rest, _ = args
+    weights, *rest, _, with_descents = args
     kept = weights[0].dtype
-    return overload(input.to(kept), target, *cast_floating([weights, *rest], kept), dtype)
+    return overload(input.to(kept), target, *cast_floating([weights, *rest], kept), dtype, with_descents)
 
 
 def _autocast(overload: Any, dtype: torch.dtype, *args: Any) -> Any:
@@ -322,6 +336,21 @@ autocast(SCORE, _autocast)
 # Public
 
 
+# Devices whose kernels get the descents almost for nothing, and spare the backward pass a scan of the weights with them.
+DESCENT_DEVICES = ("cuda",)
+
+
+def wants_descents(input: Tensor, weights: Weights) -> bool:
+    """Whether the forward pass had better return the descents: dz will be asked for, and Triton is to serve.
+
+    Decided here, where grad mode is known, from what torch.compile can follow. Every implementation obeys: where another
+    one serves after all, it computes them and its backward pass does without.
+    """
+    needed = input.requires_grad or any(projection.requires_grad for projection in weights.projections)
+    served = input.device.type in DESCENT_DEVICES and weights.weights[0].dtype in NATIVE_DTYPES
+    return torch.is_grad_enabled() and needed and served and _backend.get_backend() in ("auto", "triton")
+
+
 def clustered_target_log_prob(
     input: Tensor, target: Tensor, weights: Weights, *, ignore_index: int = -100, smooth: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -332,32 +361,10 @@ def clustered_target_log_prob(
     :func:`clustered_cross_entropy`.
     """
     check_leading(target, input, "target", 0)
-    log_prob, uniform, _, _ = torch.ops.cprec.clustered_softmax(
-        as_rows(input), target.reshape(-1), *weights.args(), ignore_index, smooth, None
+    log_prob, uniform, *_ = torch.ops.cprec.clustered_softmax(
+        as_rows(input), target.reshape(-1), *weights.args(), ignore_index, smooth, None, wants_descents(input, weights)
     )
     return log_prob.reshape(target.shape), uniform.reshape(target.shape)
-
-
-def check_loss_options(reduction: str, label_smoothing: float) -> None:
-    """Raise ValueError for an unknown reduction or a smoothing outside [0, 1]."""
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-
-
-def reduce_loss(
-    log_prob: Tensor, uniform: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
-) -> Tensor:
-    """The loss from :func:`clustered_target_log_prob`'s results; arguments as :func:`clustered_cross_entropy`."""
-    check_loss_options(reduction, label_smoothing)
-    loss = -log_prob if label_smoothing == 0 else -(1 - label_smoothing) * log_prob - label_smoothing * uniform
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    # A batch without a counted token has mean loss 0, not NaN: one empty shard must not poison a run.
-    return loss.sum() / (target != ignore_index).sum().clamp(min=1)
 
 
 def clustered_cross_entropy(

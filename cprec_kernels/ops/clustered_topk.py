@@ -17,11 +17,12 @@ from ._library import (
     check_ids,
     check_integers,
     check_leading,
+    check_rows,
     define,
     fake,
     implement,
 )
-from .clustered_softmax import NATIVE_DTYPES, WEIGHTS, Weights, check_rows, check_weights
+from .clustered_softmax import NATIVE_DTYPES, WEIGHTS, Weights, check_weights
 
 # Schema
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..reference.common import accumulate_dtype, pair_projections
-from ._library import as_rows, cast_floating, check_ids, check_leading
-from .clustered_softmax import Weights, check_rows, check_weights
+from ._library import as_rows, cast_floating, check_ids, check_leading, check_rows
+from .clustered_softmax import Weights, check_weights, wants_descents
 
 _IGNORED = -100
 
@@ -89,11 +89,11 @@ def _level(
     rows: Tensor, column: Tensor, member: Tensor, weight: Tensor, projection: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of a level's entry, mean log-probability and log-sum-exp, 0 for tokens outside ``member``."""
-    projections = [] if projection is None else [projection]
-    results = torch.ops.cprec.clustered_softmax(
-        rows, torch.where(member, column, _IGNORED), [weight], projections, bias, [], _IGNORED, True, None
+    level = Weights([weight], [] if projection is None else [projection], bias)
+    own = torch.where(member, column, _IGNORED)
+    log_prob, uniform, lse, *_ = torch.ops.cprec.clustered_softmax(
+        rows, own, *level.args(), _IGNORED, True, None, wants_descents(rows, level)
     )
-    log_prob, uniform, lse = results[0], results[1], results[2]
     place = torch.where(member, column, 0)
     with contextlib.nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
         hidden = rows if projection is None else rows @ projection.T

@@ -104,6 +104,34 @@ def clustered_softmax(
     return log_prob, uniform, lse[0], lse[1]
 
 
+def clustered_softmax_descents(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    projections: Sequence[Tensor],
+    head_bias: Tensor | None,
+    tail_biases: Sequence[Tensor],
+    ignore_index: int,
+) -> list[Tensor]:
+    """Per level j, -d log p / dz = sum_v p_v w_v - w_target for z = Q_j h: (T, d_j) in input's dtype.
+
+    Zero for tokens of other levels and for ignored ones.
+    """
+    wide = accumulate_dtype(input.dtype)
+    descents = []
+    for level in (levels := levels_of(weights, projections, head_bias, tail_biases)):
+        index, mask = select_tokens(_members(level, target, ignore_index))
+        column = _columns(level, levels, target[index])
+        weight = level.weight.to(wide)
+        descent = torch.zeros(target.shape[0], weight.shape[1], dtype=wide, device=input.device)
+        for rows in row_chunks(index.numel(), weight.shape[0]):
+            part, keep = index[rows], None if mask is None else mask[rows]
+            p = level.logits(level.hidden(input[part].to(wide))).softmax(1)
+            descent.index_add_(0, part, masked(p @ weight - weight[column[rows]], keep))
+        descents.append(descent.to(input.dtype))
+    return descents
+
+
 def clustered_softmax_backward(
     grad_log_prob: Tensor,
     grad_uniform: Tensor,

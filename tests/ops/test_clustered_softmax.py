@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from cprec_kernels import Partition, functional, use_backend
 from cprec_kernels.functional import Weights
@@ -169,6 +171,22 @@ def test_gradients(case, dtype, epsilon, cpu_backend, poison):
         assert_accurate(a, b, t, dtype, f"gradient {i}")
 
 
+def test_descents_are_the_gradient_without_the_upstream_one(case, cpu_backend):
+    weights = make_softmax(case.partition, torch.float64)
+    hidden, target = inputs(case.partition, torch.float64, (40,))
+    hidden.requires_grad_()
+    log_prob, *_, descents = torch.ops.cprec.clustered_softmax(
+        hidden, target, *weights.args(), IGNORE, False, None, True
+    )
+    (expected,) = torch.autograd.grad(-log_prob.sum(), hidden)
+    assert not any(descent.requires_grad for descent in descents)
+    levels = ref.levels_of(*weights)
+    through = (
+        d if level.projection is None else d @ level.projection for d, level in zip(descents, levels, strict=True)
+    )
+    torch.testing.assert_close(sum(through), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_only_needed_gradients_are_computed(case, cpu_backend):
     weights = make_softmax(case.partition)
     hidden, target = inputs(case.partition)
@@ -223,21 +241,22 @@ def test_a_second_derivative_is_refused_clearly(cpu_backend):
 # 4 opcheck
 
 
+@pytest.mark.parametrize("with_descents", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_opcheck(case, bias):
+def test_opcheck(case, bias, with_descents):
     weights = copy_weights(make_softmax(case.partition, bias=bias), torch.float32, requires_grad=True)
     hidden, target = inputs(case.partition, shape=(20,))
     torch.library.opcheck(
         torch.ops.cprec.clustered_softmax.default,
-        (hidden.requires_grad_(), target, *weights.args(), IGNORE, True, None),
+        (hidden.requires_grad_(), target, *weights.args(), IGNORE, True, None, with_descents),
     )
     plain = copy_weights(weights, torch.float32)
     args = hidden.detach(), target, *plain.args()
-    lse = torch.ops.cprec.clustered_softmax(*args, IGNORE, True, None)[2:]
+    saved = torch.ops.cprec.clustered_softmax(*args, IGNORE, True, None, with_descents)[2:]
     for mask in ([True] * 5, [False, True, False, False, True]):
         torch.library.opcheck(
             torch.ops.cprec.clustered_softmax_backward.default,
-            (torch.randn(20), torch.randn(20), *args, *lse, IGNORE, None, mask),
+            (torch.randn(20), torch.randn(20), *args, *saved, IGNORE, None, mask),
         )
     # Fake and real results must agree in strides for parameters that are not contiguous, too.
     transposed = plain._replace(
@@ -247,7 +266,17 @@ def test_opcheck(case, bias):
         with use_backend(backend):
             torch.library.opcheck(
                 torch.ops.cprec.clustered_softmax_backward.default,
-                (torch.randn(20), torch.randn(20), args[0], target, *transposed.args(), *lse, IGNORE, None, [True] * 5),
+                (
+                    torch.randn(20),
+                    torch.randn(20),
+                    args[0],
+                    target,
+                    *transposed.args(),
+                    *saved,
+                    IGNORE,
+                    None,
+                    [True] * 5,
+                ),
             )
     items = torch.randint(case.partition.num_items, (20, 3))
     torch.library.opcheck(torch.ops.cprec.clustered_score.default, (hidden.detach(), items, *plain.args()))
@@ -272,6 +301,53 @@ def test_compile_fullgraph_with_gradients():
     # Another batch size, and one that leaves a cluster out: nothing in the graph depends on the data.
     torch.testing.assert_close(compiled_step(hidden[:3], target[:3]), step(hidden[:3], target[:3]))
     torch.testing.assert_close(compiled_step(hidden, target.clamp(max=5)), step(hidden, target.clamp(max=5)))
+
+
+@pytest.mark.parametrize("arithmetic", [None, torch.bfloat16])
+def test_fake_results_have_the_real_ones_shapes(case, arithmetic, cpu_backend):
+    weights = make_softmax(case.partition)
+    hidden, target = inputs(case.partition, shape=(20,))
+    for with_descents in (False, True):
+        options = IGNORE, True, arithmetic, with_descents
+        real = torch.ops.cprec.clustered_softmax(hidden, target, *weights.args(), *options)
+        with FakeTensorMode() as mode:
+            args = [mode.from_tensor(tensor) for tensor in (hidden, target)]
+            fake = torch.ops.cprec.clustered_softmax(*args, *tree_map(mode.from_tensor, weights.args()), *options)
+        assert tree_structure(fake) == tree_structure(real)
+        for ours, theirs in zip(tree_leaves(fake), tree_leaves(real), strict=True):
+            assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_a_training_step_in_one_graph_with_descents(epsilon, monkeypatch):
+    """As on a device: the choice follows grad mode and who needs a gradient, within the graph too."""
+    monkeypatch.setattr("cprec_kernels.ops.clustered_softmax.DESCENT_DEVICES", ("cpu",))
+    partition = Partition(100, [10, 50], [8, 4, 2], 8)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
+    hidden, target = inputs(partition)
+    hidden.requires_grad_()
+    graphs = []
+
+    def keep_graph(graph, _inputs):
+        calls = [node for node in graph.graph.nodes if node.target is torch.ops.cprec.clustered_softmax]
+        graphs.extend(node.args[-1] for node in calls)
+        return graph
+
+    def step(h, t):
+        return functional.clustered_cross_entropy(h * 2, t, weights, label_smoothing=epsilon)
+
+    leaves = [hidden, *weight_tensors(weights)]
+    eager = torch.autograd.grad(step(hidden, target), leaves)
+    in_graph = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(in_graph(hidden, target), leaves), eager, strict=True):
+        torch.testing.assert_close(a, b)
+    compiled = torch.compile(step, backend=keep_graph, fullgraph=True)
+    compiled(hidden, target)
+    with torch.no_grad():
+        compiled(hidden, target)
+    with use_backend("reference"):
+        compiled(hidden, target)
+    assert graphs == [True, False, False]
 
 
 # 6 autocast

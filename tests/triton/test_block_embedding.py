@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
@@ -14,6 +14,7 @@ from cprec_kernels import Partition, _backend, accumulate_in_place, functional
 from cprec_kernels._triton import block_embedding as forward
 from cprec_kernels._triton import block_embedding_backward as backward
 from cprec_kernels._triton import block_embedding_projection as projection
+from cprec_kernels._triton import common
 from cprec_kernels.reference import block_embedding as ref
 from cprec_kernels.testing import assert_accurate, make_embedding, make_ids
 
@@ -35,17 +36,6 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(forward, "FP32_BLOCKS", small)
     monkeypatch.setattr(backward, "RUNS", backward.RunBlocks(chunk=4, columns=16, walk=2))
     monkeypatch.setattr(projection, "SPLIT_TOKENS", 16)
-
-
-@pytest.fixture
-def through_ops(monkeypatch):
-    """Calls of the ops on the CPU go to the Triton kernels."""
-    for op in OPS:
-        (found,) = (i for i in _backend._OPS[op] if i.backend == "triton")
-        monkeypatch.setitem(_backend._OPS, op, (dataclasses.replace(found, device_types=("cpu",)),))
-    _backend._choose_cached.cache_clear()
-    yield
-    _backend._choose_cached.cache_clear()
 
 
 def wide(group):
@@ -259,7 +249,7 @@ def test_order_of_preference_on_a_device():
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_autograd_through_the_ops(through_ops, sparse, poison):
+def test_autograd_through_the_ops(through_triton, sparse, poison):
     ids = make_ids(SMALL)
     upstream = torch.randn(*ids.shape, 8)
     leaves = [[t.requires_grad_() for t in group] for group in make_embedding(SMALL)]
@@ -272,7 +262,7 @@ def test_autograd_through_the_ops(through_ops, sparse, poison):
             torch.testing.assert_close(own, gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_only_needed_gradients_are_computed(through_ops, monkeypatch):
+def test_only_needed_gradients_are_computed(through_triton, monkeypatch):
     ids = make_ids(SMALL)
     called = []
     for name in ("sum_runs", "d_projections"):
@@ -289,7 +279,7 @@ def test_only_needed_gradients_are_computed(through_ops, monkeypatch):
         called.clear()
 
 
-def test_in_place_accumulation_through_the_ops(through_ops):
+def test_in_place_accumulation_through_the_ops(through_triton):
     ids = make_ids(SMALL)
     tables, projections = make_embedding(SMALL)
     leaves = [tensor.requires_grad_() for tensor in (*tables, *projections)]
@@ -303,16 +293,7 @@ def test_in_place_accumulation_through_the_ops(through_ops):
 
 def test_nothing_is_read_by_the_host_in_the_dense_path():
     """Plan and launches follow from shapes: under fake tensors a read of a value would raise. Launches do nothing."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    class Silent:
-        def __getitem__(self, grid):
-            return lambda *args, **options: None
-
-    with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
-        for module in (forward, backward, projection):
-            for name in [name for name in vars(module) if name.endswith("_kernel")]:
-                patch.setattr(module, name, Silent())
+    with common.rehearse() as launches, FakeTensorMode():
         factors = make_embedding_like(SMALL)
         ids, upstream = torch.zeros(30, dtype=torch.int64), torch.ones(30, 8)
         forward.block_embedding(ids, *factors, None, False)
@@ -320,6 +301,7 @@ def test_nothing_is_read_by_the_host_in_the_dense_path():
         backward.block_embedding_backward_into(
             upstream, ids, *factors, 3, [torch.ones_like(t) for t in factors[0]], True
         )
+    assert len({launch.kernel for launch in launches}) == 6
 
 
 def make_embedding_like(partition):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cprec_kernels import Partition, _backend, use_backend
+from cprec_kernels import Partition, _backend, functional, use_backend
 from cprec_kernels._triton import (
     clustered_softmax as kernels,
 )
@@ -28,6 +28,7 @@ from cprec_kernels.testing import (
     make_hidden,
     make_softmax,
     make_targets,
+    weight_tensors,
 )
 
 MODULES = (kernels, backward_kernels, weight_kernels)
@@ -63,7 +64,7 @@ def run(hidden, target, weights, g1, g2, with_rows=False, mask=ALL, ignore=IGNOR
     """log_prob, uniform and the log-sum-exps; all gradients."""
     *results, descents = kernels.forward(hidden, target, *weights, ignore, True, with_rows)
     gradients = backward_kernels.backward(
-        g1, g2, hidden, target, *weights, *results[2:], ignore, mask, hidden.dtype, descents if with_rows else None
+        g1, g2, hidden, target, *weights, *results[2:], ignore, mask, hidden.dtype, descents
     )
     return results, flat(gradients)
 
@@ -130,6 +131,21 @@ def test_upstream_gradients_of_any_sign_and_size(dtype, with_rows, poison):
     # A mean over many tokens, in a dtype that ends at 6e-8.
     small = 1e-3 if dtype == torch.float16 else 1e-20
     check(hidden, target, weights, g1 * small, g2 * small, with_rows=with_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_descents(case, dtype, poison):
+    """In the batch's order, so that an op of any backend can take them; zero for tokens of other levels."""
+    weights = make_softmax(case.partition, dtype)
+    args = inputs(case.partition, dtype)
+    ours = kernels.forward(*args, *weights, IGNORE, False, True)[-1]
+    base = ref.clustered_softmax_descents(*args, *weights, IGNORE)
+    truth = ref.clustered_softmax_descents(args[0].double(), args[1], *copy_weights(weights, torch.float64), IGNORE)
+    for j, (a, b, t) in enumerate(zip(ours, base, truth, strict=True)):
+        assert a.dtype == dtype
+        assert_accurate(a, b, t, dtype, f"level {j}")
+        assert torch.count_nonzero(a[(t == 0).all(1)]) == 0
+    assert kernels.forward(*args, *weights, IGNORE, False, False)[-1] == []
 
 
 TILES = {
@@ -241,14 +257,15 @@ def test_strided_weights():
 
 
 @pytest.mark.parametrize("mask", [[i == j for i in range(5)] for j in range(5)], ids=str)
-def test_only_wanted_gradients(mask):
+@pytest.mark.parametrize("with_rows", [False, True], ids=["two-pass", "one-pass"])
+def test_only_wanted_gradients(mask, with_rows):
     weights = make_softmax(SMALL)
     hidden, target = inputs(SMALL)
     g1, g2 = upstream(COUNT)
-    results = kernels.forward(hidden, target, *weights, IGNORE, True)
-    args = (g1, g2, hidden, target, *weights, *results[2:4], IGNORE)
-    everything = backward_kernels.backward(*args, ALL, torch.float32)
-    for got, whole, wanted in zip(backward_kernels.backward(*args, mask, torch.float32), everything, mask, strict=True):
+    *results, descents = kernels.forward(hidden, target, *weights, IGNORE, True, with_rows)
+    args = (g1, g2, hidden, target, *weights, *results[2:], IGNORE)
+    everything, ours = (backward_kernels.backward(*args, m, torch.float32, descents) for m in (ALL, mask))
+    for got, whole, wanted in zip(ours, everything, mask, strict=True):
         got, whole = ([x] if isinstance(x, torch.Tensor) else x for x in (got, whole))
         if wanted:
             assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
@@ -301,14 +318,16 @@ def test_nothing_is_read_by_the_host(monkeypatch):
     assert len(set(launched)) == 6
 
 
-def test_the_ops_agree_with_the_reference_under_autocast():
+@pytest.mark.parametrize("with_rows", [False, True], ids=["two-pass", "one-pass"])
+def test_the_ops_agree_with_the_reference_under_autocast(with_rows):
     """What ``_backend`` calls: fp32 parameters, products in bf16, fp32 gradients, added to given ones on request."""
     weights = make_softmax(SMALL)
     hidden, target = inputs(SMALL)
     g1, g2 = upstream(COUNT, "smooth")
     narrow = torch.bfloat16
-    results = kernels.clustered_softmax(hidden, target, *weights.args(), IGNORE, True, narrow)
-    args = (g1, g2, hidden, target, *weights.args(), *results[2:], IGNORE, narrow)
+    *results, descents = kernels.clustered_softmax(hidden, target, *weights.args(), IGNORE, True, narrow, with_rows)
+    assert [d.dtype for d in descents] == [narrow] * 3 * with_rows
+    args = (g1, g2, hidden, target, *weights.args(), *results[2:], descents, IGNORE, narrow)
     gradients = backward_kernels.clustered_softmax_backward(*args, ALL)
     truth = run_reference(hidden, target, weights, g1, g2, torch.float64)
     base = run_reference(hidden.to(narrow), target, copy_weights(weights, narrow), g1, g2)
@@ -319,6 +338,68 @@ def test_the_ops_agree_with_the_reference_under_autocast():
     backward_kernels.clustered_softmax_backward_into(*args, given, ALL)
     for accumulated, own in zip(given, gradients[1], strict=True):
         assert torch.equal(accumulated, 1 + own)
+
+
+def test_a_training_step_scans_the_weights_once(through_triton, monkeypatch):
+    """With the descents of its forward pass, the backward pass of a step computes logits for the weights alone."""
+    launched = []
+
+    def launch(kernel, grid, anchor, *args, **options):
+        launched.append((kernel.__name__, options.get("WITH_LSE"), options.get("WITH_ROWS")))
+        common.launch(kernel, grid, anchor, *args, **options)
+
+    for module in MODULES:
+        monkeypatch.setattr(module, "launch", launch)
+    scan = "clustered_softmax_scan_kernel"
+    weights = copy_weights(make_softmax(SMALL), requires_grad=True)
+    hidden, target = inputs(SMALL)
+    leaves = [hidden.requires_grad_(), *weight_tensors(weights)]
+
+    def step():
+        return functional.clustered_cross_entropy(hidden, target, weights, label_smoothing=0.1)
+
+    with torch.no_grad():
+        expected = step()
+    assert {entry for entry in launched if entry[0] == scan} == {(scan, True, False)}
+    launched.clear()
+    loss = step()
+    gradients = torch.autograd.grad(loss, leaves)
+    assert [entry for entry in launched if entry[0] == scan] == [(scan, True, True)] * 3
+    torch.testing.assert_close(loss, expected)
+    compiled = torch.autograd.grad(torch.compile(step, backend="aot_eager", fullgraph=True)(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, gradients, strict=True))
+    # The encoder alone is trained: nothing is computed for the weights.
+    launched.clear()
+    frozen = copy_weights(weights)
+    (d_input,) = torch.autograd.grad(
+        functional.clustered_cross_entropy(hidden, target, frozen, label_smoothing=0.1), hidden
+    )
+    torch.testing.assert_close(d_input, gradients[0])
+    assert {entry[0] for entry in launched if "bwd" in entry[0]} == {
+        "clustered_softmax_bwd_mean_kernel", "clustered_softmax_bwd_input_kernel",
+    }  # fmt: skip
+    # No one asks for dz: the forward pass is that of an evaluation.
+    launched.clear()
+    weights.weights[0].grad = None
+    bare = weights._replace(projections=[p.detach() for p in weights.projections])
+    functional.clustered_cross_entropy(hidden.detach(), target, bare).backward()
+    assert {entry for entry in launched if entry[0] == scan} == {(scan, True, False)}
+
+
+@pytest.mark.parametrize("with_descents", [False, True])
+def test_opcheck(through_triton, with_descents):
+    weights = copy_weights(make_softmax(SMALL), requires_grad=True)
+    hidden, target = inputs(SMALL, count=20)
+    options = IGNORE, True, None, with_descents
+    torch.library.opcheck(
+        torch.ops.cprec.clustered_softmax.default, (hidden.requires_grad_(), target, *weights.args(), *options)
+    )
+    args = hidden.detach(), target, *copy_weights(weights).args()
+    saved = torch.ops.cprec.clustered_softmax(*args, *options)[2:]
+    torch.library.opcheck(
+        torch.ops.cprec.clustered_softmax_backward.default,
+        (torch.randn(20), torch.randn(20), *args, *saved, IGNORE, None, ALL),
+    )
 
 
 def test_the_choice_of_backend():
@@ -333,10 +414,11 @@ def test_ranks_beyond_the_kernels_go_to_the_reference_unless_triton_was_asked_fo
     partition = Partition.single(5, 600)
     weights = make_softmax(partition)
     hidden, target = inputs(partition, count=3)
-    args = (hidden, target, *weights.args(), IGNORE, True, None)
+    args = (hidden, target, *weights.args(), IGNORE, True, None, True)
     call = _backend.choose("clustered_softmax", "cuda", torch.float32).implementation.call
-    expected = ref.clustered_softmax(hidden, target, *weights, IGNORE)[0]
-    torch.testing.assert_close(call(*args)[0], expected)
+    log_prob, *_, descents = call(*args)
+    torch.testing.assert_close(log_prob, ref.clustered_softmax(hidden, target, *weights, IGNORE)[0])
+    torch.testing.assert_close(descents, ref.clustered_softmax_descents(hidden, target, *weights, IGNORE))
     with use_backend("triton"), pytest.raises(_backend.BackendError, match="rank 600 is above 512"):
         call(*args)
 

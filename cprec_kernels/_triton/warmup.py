@@ -1,0 +1,70 @@
+"""Compiling before the first launch: what a rehearsal listed, in parallel, into the cache that launches look in."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime._async_compile import AsyncCompileMode, FutureKernel
+from triton.runtime.jit import MockTensor
+
+from .common import Launch
+
+
+class CompilationError(RuntimeError):
+    """A kernel that does not compile on this device."""
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_kind, value))
+    if isinstance(value, Tensor):
+        return value.dtype
+    # Sizes are never specialised on, but for the width of the integer that they need.
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def variant(launch: Launch) -> tuple[Any, ...]:
+    """All that decides what is compiled for a launch: the kernel, types of its arguments, constants and options."""
+    return launch.kernel, tuple(map(_kind, launch.args)), tuple(sorted(launch.options.items()))
+
+
+def _stand_in(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_stand_in, value))
+    return MockTensor(value.dtype) if isinstance(value, Tensor) else value
+
+
+def compile_all(launches: Iterable[Launch], device: torch.device) -> int:
+    """Compile the variants among ``launches`` for a device, in threads; returns how many were not compiled already.
+
+    Raises:
+        CompilationError: a kernel does not compile, with its name and constants.
+    """
+    variants = {variant(launch): launch for launch in launches}
+    compiled = 0
+    with (
+        torch.cuda.device(device),
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        pending = [
+            (launch, launch.kernel.warmup(*map(_stand_in, launch.args), grid=(1,), **launch.options))
+            for launch in variants.values()
+        ]
+        for launch, kernel in pending:
+            if not isinstance(kernel, FutureKernel):
+                continue
+            try:
+                kernel.result()
+            except Exception as error:
+                raise CompilationError(
+                    f"{launch.kernel.__name__} with {launch.options} does not compile for {device}: {error}; "
+                    "set CPREC_BACKEND=reference to run without it, and report it"
+                ) from error
+            compiled += 1
+    return compiled
