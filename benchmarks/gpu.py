@@ -17,7 +17,12 @@ from benchmarks.errors import BenchmarkError, unknown
 from benchmarks.gpu_stages import STAGES
 
 ROOT = Path(__file__).parents[1]
-PLANS = {"check": ("machine", "check", "execution"), "bench": ("machine", "bench", "kernels"), "all": STAGES}
+PLANS = {
+    "check": ("machine", "check", "execution"),
+    "bench": ("machine", "bench", "kernels"),
+    "tune": ("machine", "tune"),
+    "all": STAGES,
+}
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -65,6 +70,11 @@ def describe(row: dict[str, Any]) -> str:
     if row["kind"] == "bench":
         memory = "" if row.get("extra_mb") is None else f", {row['extra_mb']:,.0f} MB beside its inputs"
         return f"{place}: {row['median_ms']:.3f} ms{memory}"
+    if row["kind"] == "tune":
+        return f"{place}: {row['table_ms']:.3f} ms with the tables' tiles, {row['tuned_ms']:.3f} ms with the fastest"
+    if row["kind"] == "tile":
+        place = f"{row['kernel']} rank {row['rank']} {row['dtype']}"
+        return f"{place}: the table's tile" if row["kept"] else f"{place}: {row['tile']}"
     if row["kind"] == "kernel":
         floor = f", {row['over_floor']:.2f} times its floor" if "over_floor" in row else ""
         return f"{place}: {row['kernel']} {row['launch']}: {row['ms']:.3f} ms{floor}"
@@ -75,13 +85,16 @@ def describe(row: dict[str, Any]) -> str:
 def gpu(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for a JSON file per stage.")],
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all stages together.")] = 540.0,
-    stage: Annotated[str, typer.Option(help="check, bench or all; each begins with the machine's own rates.")] = "all",
+    stage: Annotated[
+        str, typer.Option(help="check, bench, tune or all; each begins with the machine's own rates.")
+    ] = "all",
 ) -> None:
     """Look at a machine with a GPU: versions and rates, every op against fp64, how they run, then times against peers.
 
     The check runs every op against fp64, then `pytest -m gpu` (CUDA graphs, compilation, streams, waiting for the device,
     repeated bits) and compute-sanitizer where that is installed. The bench times every op beside torch's ways to do the
-    like, with the memory each takes, and the kernels of a training step beside the least time that arithmetic allows.
+    like, with the memory each takes, and the kernels of a training step beside the least time that arithmetic allows. The
+    tuning times a few tiles beside each of the tables' and leaves the fastest in triton-tiles.json, in the folder.
 
     Every stage is a process of its own, gets what is left of the budget, and writes its rows one by one: a fault or the
     end of the budget costs only what was not reached. The first run compiles, which takes a minute or two.

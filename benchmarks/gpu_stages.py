@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -34,7 +36,7 @@ from cprec_kernels.testing import (
 
 BACKENDS = ("native", "triton", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STAGES = ("machine", "check", "execution", "bench", "kernels")
+STAGES = ("machine", "check", "execution", "bench", "kernels", "tune")
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -319,19 +321,19 @@ def execution(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
         emit(row | {"correct": done.returncode == 0, "wrong": [] if done.returncode == 0 else tail, "last": tail[-1:]})
 
 
+def loss_step(size: Size, dtype: torch.dtype, device: str, target: Tensor) -> Callable[[], object]:
+    """Forward and backward pass of the loss for given targets (T,); its inputs live as long as it does."""
+    weights = copy_weights(make_softmax(size.partition, dtype, bias=False), device=device, requires_grad=True)
+    hidden = make_hidden(size.partition, (size.tokens,), dtype).to(device).requires_grad_()
+    there, leaves = target.to(device), [hidden, *weights.weights, *weights.projections]
+    return lambda: torch.autograd.grad(functional.clustered_cross_entropy(hidden, there, weights), leaves)
+
+
 def kernels(device: str, sizes: tuple[Size, ...], emit: Emit, rates: Rates | None = None) -> None:
     """Times of the single kernels of a training step of the loss in bf16, beside what they cannot be faster than."""
     for size in sizes:
-        weights = copy_weights(
-            make_softmax(size.partition, torch.bfloat16, bias=False), device=device, requires_grad=True
-        )
-        hidden = make_hidden(size.partition, (size.tokens,), torch.bfloat16).to(device).requires_grad_()
         target = make_ids(size.partition, (size.tokens,), seed=1)
-        there, leaves = target.to(device), [hidden, *weights.weights, *weights.projections]
-
-        def step() -> None:
-            torch.autograd.grad(functional.clustered_cross_entropy(hidden, there, weights), leaves)  # noqa: B023
-
+        step = loss_step(size, torch.bfloat16, device, target)
         rounds = [launches(step, device) for _ in range(5 if device == "cuda" else 1)]
         events = [
             (name, statistics.median(times[i][1] for times in rounds if len(times) == len(rounds[0])))
@@ -339,6 +341,57 @@ def kernels(device: str, sizes: tuple[Size, ...], emit: Emit, rates: Rates | Non
         ]
         for row in kernel_rows(events, size.partition, target.tolist(), rates):
             emit({"kind": "kernel", "size": size.name, **row})
+
+
+def tune(device: str, sizes: tuple[Size, ...], emit: Emit, folder: Path) -> None:
+    """The loss with the tables' tiles and with the fastest of their alternatives, which are kept in ``folder``."""
+    winners: set[str] = set()
+    for size in sizes:
+        for dtype in (torch.bfloat16, torch.float32):
+            step = loss_step(size, dtype, device, make_ids(size.partition, (size.tokens,), seed=1))
+            times = {}
+            for name, enabled in (("table_ms", "0"), ("tuned_ms", "1")):
+                with environment(CPREC_AUTOTUNE=enabled, CPREC_CACHE_DIR=str(folder)):
+                    times[name] = timed(step, device)[0]
+            row = {"kind": "tune", "op": "clustered_cross_entropy fwd+bwd", "size": size.name, "dtype": _name(dtype)}
+            emit(row | times)
+            for found in read_tiles(folder):
+                if (text := json.dumps(found)) not in winners:
+                    winners.add(text)
+                    emit({"kind": "tile", **found})
+
+
+def read_tiles(folder: Path) -> list[dict[str, Any]]:
+    """The tiles that won, and whether the tables' ones did; none where nothing was tuned."""
+    path = folder / "triton-tiles.json"
+    if not path.exists():
+        return []
+    from cprec_kernels._triton import configs
+
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    found = []
+    for winner in json.loads(path.read_bytes())["winners"]:
+        key, tile = winner["key"], winner["tile"]
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[key["dtype"]]
+        usual = configs.tile_for(key["kernel"], key["rank"], dtype, 10 * capability[0] + capability[1])
+        found.append({"kernel": key["kernel"], "rank": key["rank"], "dtype": key["dtype"], "tile": tile})
+        found[-1]["kept"] = tile == dataclasses.asdict(usual)
+    return found
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables inside a ``with`` block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def launches(call: Callable[[], object], device: str) -> list[tuple[str, float]]:
@@ -394,6 +447,7 @@ def run_stage(stage: str, path: Path, device: str = "cuda", sizes: tuple[Size, .
     stages: dict[str, tuple[Callable[..., None], tuple[Size, ...]]] = {
         "machine": (machine, ()), "check": (check, CHECK), "execution": (execution, ()), "bench": (bench, BENCH),
         "kernels": (functools.partial(kernels, rates=rates), BENCH),
+        "tune": (functools.partial(tune, folder=path.parent), BENCH),
     }  # fmt: skip
     run, usual = stages[stage]
     run(device, usual if sizes is None else sizes, emit)

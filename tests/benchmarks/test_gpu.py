@@ -29,7 +29,7 @@ def test_no_device_is_said_in_one_line(tmp_path, capsys):
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
     _, err = call(capsys, "--out", tmp_path, "--stage", "everything", expect=2)
-    assert "there are check, bench, all" in err
+    assert "there are check, bench, tune, all" in err
 
 
 @pytest.mark.parametrize("stage", [stage for stage in gpu_stages.STAGES if stage != "execution"])
@@ -47,6 +47,17 @@ def test_stages_run_and_leave_rows(stage, tmp_path):
         assert {row["op"] for row in rows} == set(gpu_stages.OPERATIONS)
         assert all("triton" in row["skipped"] for row in rows if row["backend"] == "triton")
         assert all(row["repeats"] for row in rows if "skipped" not in row)
+
+
+def test_tiles_that_won_are_told_from_the_tables(tmp_path):
+    assert gpu_stages.read_tiles(tmp_path) == []
+    table = {"block_t": 128, "block_v": 64, "num_warps": 4, "num_stages": 3, "blocks_per_sm": 3, "transposed": False}
+    key = {"device": "a GPU", "triton": "3.9.0", "kernel": "weight", "rank": 16, "dtype": "bf16"}
+    winners = [{"key": key, "tile": table | change} for change in ({}, {"num_warps": 8})]
+    (tmp_path / "triton-tiles.json").write_text(json.dumps({"format": 1, "winners": winners}))
+    kept, other = ({"kind": "tile", **row} for row in gpu_stages.read_tiles(tmp_path))
+    assert describe(kept) == "weight rank 16 bf16: the table's tile"
+    assert "'num_warps': 8" in describe(other)
 
 
 def test_a_wrong_result_is_found(tmp_path, monkeypatch):
