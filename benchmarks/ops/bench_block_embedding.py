@@ -15,6 +15,7 @@ There are no exponentials. Numbers are of 4 bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -93,8 +94,35 @@ def adaptive_input(
     return out
 
 
-def embedding_work(problem: Problem, unique: bool, dense: bool) -> Work:
-    """The model above."""
+class AdaptiveInput(nn.Module):
+    """The adaptive input as fairseq has it: a boolean mask per cluster, and a projection for the first one as well.
+
+    That one is the identity here, so that outputs and gradients are those of the others; its own gradient is extra work,
+    which its users pay for.
+    """
+
+    def __init__(self, tables: Sequence[Tensor], projections: Sequence[Tensor], cutoffs: Sequence[int], sparse: bool):
+        super().__init__()
+        width, remaining = tables[0].shape[1], iter(projections)
+        self.tables, self.cutoffs, self.sparse = nn.ParameterList(tables), tuple(cutoffs), sparse
+        identity = nn.Parameter(torch.eye(width))
+        self.projections = nn.ParameterList(
+            identity if table.shape[1] == width else next(remaining) for table in tables
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = self.tables[0].new_empty(*ids.shape, self.projections[0].shape[1])
+        bounds = [0, *self.cutoffs, sum(table.shape[0] for table in self.tables)]
+        for table, projection, low, high in zip(self.tables, self.projections, bounds, bounds[1:], strict=False):
+            mask = (ids >= low) & (ids < high)
+            if mask.any():
+                rows = nn.functional.embedding(ids[mask] - low, table, sparse=self.sparse)
+                out[mask] = (rows @ projection).to(out.dtype)
+        return out
+
+
+def embedding_work(problem: Problem, unique: bool, dense: bool, project_all: bool = False) -> Work:
+    """The model above; with ``project_all`` for a table of full width that is projected all the same."""
     case, partition = problem.setting.case, problem.partition
     ids = problem.ids.unique() if unique else problem.ids
     numbers = float(case.tokens * case.width) * (2 if problem.backward else 1)
@@ -103,14 +131,14 @@ def embedding_work(problem: Problem, unique: bool, dense: bool) -> Work:
         numbers += rows * rank
         if problem.backward:
             numbers += rows * rank + (size if dense else rows) * rank
-        if rank < case.width:
+        if rank < case.width or project_all:
             flops += (3 if problem.backward else 1) * 2.0 * rows * rank * case.width
             numbers += rank * case.width * (3 if problem.backward else 1)
     return Work(flops, 0.0, FLOAT_BYTES * numbers)
 
 
-def clustered_work(unique: bool, dense: bool) -> Callable[[Problem], Work]:
-    return lambda problem: embedding_work(problem, unique, dense)
+def clustered_work(unique: bool, dense: bool, project_all: bool = False) -> Callable[[Problem], Work]:
+    return lambda problem: embedding_work(problem, unique, dense, project_all)
 
 
 def table_work(dense: bool) -> Callable[[Problem], Work]:
@@ -192,6 +220,18 @@ def prepare_adaptive_input(sparse: bool) -> Callable[[Problem], Prepared]:
     return prepare
 
 
+def prepare_library_form(sparse: bool) -> Callable[[Problem], Prepared]:
+    def prepare(problem: Problem) -> Prepared:
+        ours = problem.module
+        module = AdaptiveInput(list(ours.embeddings), list(ours.projections), problem.partition.cutoffs, sparse)
+        prepared = prepare_lookup(problem, lambda: module(problem.ids), problem.leaves(), problem.setting.dtype)
+        return dataclasses.replace(
+            prepared, leaves=list(module.parameters()), note="projects the first cluster too: more parameters"
+        )
+
+    return prepare
+
+
 def prepare_table(sparse: bool) -> Callable[[Problem], Prepared]:
     return lambda problem: prepare_lookup(
         problem,
@@ -228,6 +268,16 @@ PROVIDERS = (
             f"torch-adaptive-input-{'sparse' if sparse else 'dense'}",
             prepare_adaptive_input(sparse),
             clustered_work(unique=False, dense=not sparse),
+            call_bytes=clustered_bytes,
+            baseline="torch-adaptive-input-sparse" if sparse else "",
+        )
+        for sparse in (False, True)
+    ),
+    *(
+        Provider(
+            f"fairseq-adaptive-input-{'sparse' if sparse else 'dense'}",
+            prepare_library_form(sparse),
+            clustered_work(unique=False, dense=not sparse, project_all=True),
             call_bytes=clustered_bytes,
             baseline="torch-adaptive-input-sparse" if sparse else "",
         )

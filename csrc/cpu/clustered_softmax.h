@@ -10,6 +10,7 @@
 
 #include "cpu/math.h"
 #include "cpu/softmax_block.h"
+#include "cpu/softmax_narrow.h"
 #include "cprec/clustered_softmax.h"
 
 namespace cprec::CPREC_ISA {
@@ -17,6 +18,7 @@ namespace cprec::CPREC_ISA {
 constexpr int64_t kGradTokens = 256;  // tokens of a gradient tile: with kBlock entries it stays in L2
 constexpr float kRaise = 20.0f;       // in powers of two: how far a logit may exceed its token's shift
 constexpr int kChains = 4;            // sums taken side by side: one chain would wait for every addition
+constexpr int64_t kTileFloats = 2 * kBlock * (kGradTokens + 48);
 static_assert(kGradTokens % kTokenPad == 0 && kBlock % Vec::kTileRows == 0 && Vec::kRowStep % 2 == 0);
 
 // Logits, in powers of two, of M entries from row i of the block and N vectors of tokens.
@@ -253,6 +255,46 @@ static inline void bias_gradient(const GradientTile& tile, int64_t count, int64_
   }
 }
 
+// d W_j (add: +)= (d logits) z^T for a tile whose first token is t0; rows at `out`. token_pairs: all z, interleaved.
+template <class P, class Lanes = Vec>
+static inline void weight_gradient(const SoftmaxLevel& level, const GradientTile& tile, int64_t count, int64_t t0,
+                                   int64_t tokens, const float* token_pairs, float* out, bool add) {
+  constexpr int64_t kPack = P::kPairs ? 2 : 1;
+  const int64_t stride = level.stride;
+  if constexpr (kHasNarrow<P, Lanes>) {
+    if (stride == kNarrow)
+      return narrow_weight_gradient<Lanes>(tile.by_token, tile.stride, count, tokens, token_pairs + t0 * kNarrow, out,
+                                           add);
+  }
+  const float* z = level.rows + t0 / kPack * stride;
+  for_columns(stride, [&]<class V, int N>(int64_t k) __attribute__((always_inline)) {
+    for_rows(count, [&]<int M>(int64_t i) __attribute__((always_inline)) {
+      multiply_into<P, V, M, N>(tokens / kPack, tile.by_token + i * (tile.stride / kPack), tile.stride / kPack, 1,
+                                z + k, stride, out + i * stride + k, stride, add);
+    });
+  });
+}
+
+// d z (add: +)= (d logits)^T W_j for a tile whose first token is t0, at d_hidden (num_tokens, stride); a narrow level's
+// goes to d_columns (8, num_tokens) instead.
+template <class P, class Lanes = Vec>
+static inline void hidden_gradient(const SoftmaxLevel& level, const GradientTile& tile, const Block& block, int64_t t0,
+                                   int64_t tokens, float* d_hidden, float* d_columns, bool add) {
+  constexpr int64_t kPack = P::kPairs ? 2 : 1;
+  const int64_t stride = level.stride;
+  if constexpr (kHasNarrow<P, Lanes>) {
+    if (stride == kNarrow)
+      return narrow_hidden_gradient<Lanes>(tile.by_entry, tile.stride, block.count, tokens, block.entries,
+                                           d_columns + t0, level.num_tokens, add);
+  }
+  for_columns(stride, [&]<class V, int N>(int64_t k) __attribute__((always_inline)) {
+    for_rows(tokens, [&]<int M>(int64_t t) __attribute__((always_inline)) {
+      multiply_into<P, V, M, N>((block.count + kPack - 1) / kPack, tile.by_entry + t, 1, tile.stride, block.entries + k,
+                                block.entry_stride, d_hidden + (t0 + t) * stride + k, stride, add);
+    });
+  });
+}
+
 template <class P>
 static void grad_of(const SoftmaxLevel& level, const SoftmaxGradSlab& slab) {
   const int64_t stride = level.stride;
@@ -263,6 +305,10 @@ static void grad_of(const SoftmaxLevel& level, const SoftmaxGradSlab& slab) {
   const int64_t most = level.num_tokens < kGradTokens ? level.num_tokens : kGradTokens;
   tile.stride = (most + 31) / 32 * 32 + 16;
   tile.by_entry = P::kPairs ? tile.by_token + kBlock * tile.stride / 2 : tile.by_token;
+  const bool narrow = kHasNarrow<P, Vec> && stride == kNarrow;
+  float* token_pairs = tile.by_token + kTileFloats;             // (num_tokens, 8)
+  float* d_columns = token_pairs + level.num_tokens * kNarrow;  // (8, num_tokens)
+  if (narrow) interleave_tokens(level.rows, level.num_tokens, token_pairs);
   for (int64_t first = slab.begin; first < slab.end; first += kBlock) {
     const Block block = load_block<P>(level, buffers, first, slab.end, true);
     prefetch_block(level, first + kBlock, slab.end);
@@ -272,37 +318,22 @@ static void grad_of(const SoftmaxLevel& level, const SoftmaxGradSlab& slab) {
     for (int64_t t0 = 0; t0 < level.num_tokens; t0 += kGradTokens) {
       const int64_t tokens = level.num_tokens - t0 < kGradTokens ? level.num_tokens - t0 : kGradTokens;
       fill_tile<P>(level, slab, block, t0, tokens, tile);
-      constexpr int64_t kPack = P::kPairs ? 2 : 1;
-      if (slab.d_weight != nullptr) {
-        // d W_j += (d logits) z^T
-        const bool add = t0 > 0 || (direct && slab.accumulate);
-        const float* z = level.rows + t0 / kPack * stride;
-        for_columns(stride, [&]<class V, int N>(int64_t k) __attribute__((always_inline)) {
-          for_rows(block.count, [&]<int M>(int64_t i) __attribute__((always_inline)) {
-            multiply_into<P, V, M, N>(tokens / kPack, tile.by_token + i * (tile.stride / kPack), tile.stride / kPack, 1,
-                                      z + k, stride, d_weight + i * stride + k, stride, add);
-          });
-        });
-      }
-      if (slab.d_hidden != nullptr) {
-        // d z += (d logits)^T W_j
-        const bool add = first > slab.begin;
-        for_columns(stride, [&]<class V, int N>(int64_t k) __attribute__((always_inline)) {
-          for_rows(tokens, [&]<int M>(int64_t t) __attribute__((always_inline)) {
-            multiply_into<P, V, M, N>((block.count + kPack - 1) / kPack, tile.by_entry + t, 1, tile.stride,
-                                      block.entries + k, block.entry_stride, slab.d_hidden + (t0 + t) * stride + k,
-                                      stride, add);
-          });
-        });
-      }
+      if (slab.d_weight != nullptr)
+        weight_gradient<P>(level, tile, block.count, t0, tokens, token_pairs, d_weight,
+                           t0 > 0 || (direct && slab.accumulate));
+      if (slab.d_hidden != nullptr)
+        hidden_gradient<P>(level, tile, block, t0, tokens, slab.d_hidden, d_columns, first > slab.begin);
       if (slab.d_bias != nullptr) bias_gradient<P>(tile, block.count, tokens, slab.d_bias + first, t0 > 0);
     }
     if (slab.d_weight != nullptr && !direct) store_gradient(level, slab, first, block.count, d_rows);
   }
+  if (narrow && slab.d_hidden != nullptr)
+    transpose(d_columns, level.num_tokens, kNarrow, level.num_tokens, slab.d_hidden, kNarrow);
 }
 
 static int64_t softmax_grad_workspace(const SoftmaxLevel& level) {
-  return BlockBuffers::floats(level) + kBlock * level.stride + 2 * kBlock * (kGradTokens + 48);
+  const int64_t narrow = level.stride == kNarrow ? 2 * level.num_tokens * kNarrow : 0;
+  return BlockBuffers::floats(level) + kBlock * level.stride + kTileFloats + narrow;
 }
 
 static void softmax_grad(const SoftmaxLevel& level, const SoftmaxGradSlab& slab) {

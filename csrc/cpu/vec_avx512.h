@@ -55,6 +55,19 @@ struct Vec {
   static Vec load_first(const BFloat16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
   static Vec load_first(const Float16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
 
+  // p[0], p[1], p[0], p[1], ...
+  static Vec broadcast_pair(const float* p) {
+    double pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return {_mm512_castpd_ps(_mm512_set1_pd(pair))};
+  }
+  // Sums of two neighbouring lanes: those of a, then those of b.
+  static Vec add_neighbours(Vec a, Vec b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {_mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v), _mm512_permutex2var_ps(a.v, odd, b.v))};
+  }
+
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16()); }
   void store(Float16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16()); }
