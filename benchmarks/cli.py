@@ -1,7 +1,8 @@
-"""The command line: ``python -m benchmarks run | trained | list | table | report | quick``."""
+"""The command line: ``python -m benchmarks run | trained | dense | list | table | report | quick``."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -197,6 +198,38 @@ def trained_command(
     _print_rows(finished)
     if any(row.correct is False for row in finished.rows):
         raise typer.Exit(1)
+
+
+@app.command("dense")
+def dense_command(
+    data: Annotated[Path, typer.Option(help="A folder from `cprec prepare`.")],
+    model: Annotated[
+        str, typer.Option(help="sasrec (scores by its item table) or gru (a linear classifier).")
+    ] = "sasrec",
+    compression: Annotated[float, typer.Option(min=1.0, help="Times fewer parameters of items.")] = 6.0,
+    fine_tune: Annotated[int, typer.Option(min=1, help="Epochs after compression, the best of them kept.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the dense model, at most; it stops early.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and dropout.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write settings and metrics here.")] = None,
+) -> None:
+    """Train a dense model, compress it with `cprec_kernels.compress`, fine-tune it; test metrics after each stage.
+
+    Example: [bold]cprec prepare log.csv -o data[/], then [bold]python -m benchmarks dense --data data --model sasrec[/]
+    """
+    from benchmarks.dense import Settings, describe, run_dense
+    from benchmarks.results import write_text
+    from cprec.data import PreparedData
+
+    _check_writable(json_file)
+    settings = Settings(model=model, compression=compression, fine_tune=fine_tune, epochs=epochs, seed=seed)
+    try:
+        prepared = PreparedData.open(data)
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"{error}; `cprec prepare LOG -o FOLDER` makes one") from None
+    result = run_dense(prepared, settings, lambda doing: typer.echo(doing, err=True))
+    if json_file is not None:
+        write_text(json_file, json.dumps(result, indent=1) + "\n")
+    typer.echo(describe(result))
 
 
 @app.command("list")

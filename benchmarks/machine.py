@@ -15,15 +15,23 @@ from cprec_kernels import __version__, available_cpu_isas
 PACKAGES = ("numpy", "faiss-cpu", "cut-cross-entropy")
 
 
-def processor() -> str:
-    """Model name of the processor; the architecture where the system does not tell."""
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Model name of the processor, with family and model number, since virtual machines hide what the name would say.
+
+    The architecture where the system does not tell.
+    """
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.lower().startswith("model name"):
-                return " ".join(line.partition(":")[2].split())
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    return platform.machine()
+        return platform.machine()
+    found: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip().lower(), " ".join(value.split()))
+    if "model name" not in found:
+        return platform.machine()
+    numbers = [f"{key} {found[name]}" for key, name in (("family", "cpu family"), ("model", "model")) if name in found]
+    return found["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 def cores() -> int:

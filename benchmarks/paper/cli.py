@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks.paper --preset quick|full --table 1..5 --data FOLDER --out DIR``."""
+"""The command line: ``python -m benchmarks.paper --preset quick|core|full --table 1..5 --data FOLDER --out DIR``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def _tables(text: str) -> list[int]:
 def paper(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results: made, added to, gone on with.")],
     preset: Annotated[
-        str, typer.Option(help="quick (minutes), full (days on two cores: the claims), tiny (tests).")
+        str,
+        typer.Option(
+            help="quick (minutes), core (hours: one length, a smaller grid), full (days on two cores: the claims), tiny (tests)."
+        ),
     ] = "quick",
     table: Annotated[str, typer.Option(help="Numbers from 1 to 5, e.g. 1,3, or all.")] = "all",
     data: Annotated[

@@ -1,4 +1,5 @@
-"""How much of the paper's tables is run: ``full`` answers, ``quick`` shows that everything works, ``tiny`` is for tests."""
+"""How much of the paper's tables is run: ``full`` answers, ``core`` answers for one length, ``quick`` shows that everything
+works, ``tiny`` is for tests."""
 
 from __future__ import annotations
 
@@ -78,6 +79,15 @@ FULL = Preset(
     rounds=20,
     search_rounds=200,
 )
+# Every run of it is one of the full preset's, which therefore goes on from there.
+CORE = dataclasses.replace(
+    FULL,
+    name="core",
+    lengths=(20,),
+    grid={"dropout": (0.2, 0.5), "learning_rate": (1e-3, 3e-3), "weight_decay": (0.01,)},
+    both_tables=False,
+    clusters=(1, 3),
+)
 TINY = Preset(
     name="tiny",
     dim=8,
@@ -97,4 +107,4 @@ TINY = Preset(
     rounds=2,
     search_rounds=2,
 )
-PRESETS = {preset.name: preset for preset in (QUICK, FULL, TINY)}
+PRESETS = {preset.name: preset for preset in (QUICK, CORE, FULL, TINY)}

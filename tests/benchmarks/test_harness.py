@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import platform
 
 import pytest
 import torch
 
-from benchmarks import memory, timing, verify
+from benchmarks import machine, memory, timing, verify
 from benchmarks.cases import Case, draw_items, tokens_per_cluster
 from benchmarks.errors import BenchmarkError
-from benchmarks.ops.bench_block_embedding import adaptive_input
+from benchmarks.ops.bench_block_embedding import AdaptiveInput, adaptive_input
 from benchmarks.ops.bench_clustered_softmax import make_work
 from benchmarks.registry import OPS, Prepared, Setting, Work, choose_providers, get_op
 from benchmarks.results import Run, read_run, write_run
@@ -323,6 +324,10 @@ def test_the_adaptive_input_of_the_peers_is_the_same_function():
     ids = torch.tensor([999, 0, 19, 20, 20, 199, 200])
     expected = functional.block_embedding(ids, tables, projections)
     torch.testing.assert_close(adaptive_input(ids, tables, projections, partition.cutoffs), expected)
+    fairseq = AdaptiveInput(tables, projections, partition.cutoffs, sparse=False)
+    torch.testing.assert_close(fairseq(ids), expected)
+    fairseq(ids).sum().backward()
+    assert fairseq.projections[0].grad.abs().sum() > 0, "the first cluster's projection has a gradient to be paid for"
 
 
 def test_peak_memory_of_a_child_counts_the_call_alone():
@@ -350,3 +355,15 @@ def test_results_survive_a_round_trip_and_a_failed_write(tmp_path):
     path.write_text('{"schema": 99}')
     with pytest.raises(BenchmarkError, match="was not written by"):
         read_run(path)
+
+
+def test_a_processor_is_named_with_its_numbers(tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text(
+        "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD  EPYC\n\nprocessor\t: 1\nmodel\t: 9\n"
+    )
+    assert machine.processor(file) == "AMD EPYC (family 26, model 2)"
+    file.write_text("model name: A CPU\n")
+    assert machine.processor(file) == "A CPU"
+    file.write_text("Hardware: a board\n")
+    assert machine.processor(file) == machine.processor(tmp_path / "missing") == platform.machine()
