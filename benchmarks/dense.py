@@ -25,6 +25,7 @@ from cprec.data import EvaluationWindows, TrainingWindows
 from cprec.evaluation import metrics_of_ranks
 from cprec_kernels import functional
 from cprec_kernels.functional import Weights
+from cprec_kernels.nn.reindexed import ReindexedSoftmax
 
 if TYPE_CHECKING:
     from cprec.data import PreparedData
@@ -90,7 +91,8 @@ class SASRec(Recommender):
         length = ids.shape[1]
         x = self.item_emb(ids) * math.sqrt(self.norm.normalized_shape[0]) + self.position_emb.weight[-length:]
         mask = torch.ones(length, length, dtype=torch.bool).triu(1)
-        return self.norm(self.encoder(self.dropout(x), mask=mask, is_causal=True))
+        states: Tensor = self.norm(self.encoder(self.dropout(x), mask=mask, is_causal=True))
+        return states
 
 
 class GRU4Rec(Recommender):
@@ -102,7 +104,8 @@ class GRU4Rec(Recommender):
         self.out = nn.Linear(settings.dim, num_items + 1)
 
     def hidden(self, ids: Tensor) -> Tensor:
-        return self.dropout(self.gru(self.dropout(self.item_emb(ids)))[0])
+        states: Tensor = self.dropout(self.gru(self.dropout(self.item_emb(ids)))[0])
+        return states
 
     def weights(self) -> Weights:
         return Weights([self.out.weight[1:]], [], self.out.bias[1:], [])
@@ -122,7 +125,7 @@ class Trial:
         shuffled = 1 + torch.randperm(data.num_items)
         self.ids = torch.cat([shuffled, torch.tensor([PAD])])  # of item numbers; the padding's number is num_items
         self.model = MODELS[settings.model](data.num_items, settings)
-        self.report: CompressionReport | None = None
+        self.softmax: ReindexedSoftmax | None = None  # once the model is compressed
         self.windows = TrainingWindows(data.train, settings.length, data.num_items)
         if not len(self.windows):
             raise BenchmarkError("no sequence has two items: there is nothing to train on")
@@ -130,15 +133,15 @@ class Trial:
     def loss(self, windows: Tensor) -> Tensor:
         """Mean cross entropy of windows (B, L + 1) of ids."""
         hidden, target = self.model.hidden(windows[:, :-1]), windows[:, 1:]
-        if self.report is not None and self.report.softmax is not None:
-            return self.report.softmax.loss(hidden, target)
+        if self.softmax is not None:
+            return self.softmax.loss(hidden, target)
         known = target != PAD
         return functional.clustered_cross_entropy(hidden[known], target[known] - 1, self.model.weights())
 
     def ranks(self, hidden: Tensor, target: Tensor) -> Tensor:
         """0-based places (B,) of target ids among all items."""
-        if self.report is not None and self.report.softmax is not None:
-            return self.report.softmax.rank(hidden, target)
+        if self.softmax is not None:
+            return self.softmax.rank(hidden, target)
         return functional.clustered_rank(hidden, target - 1, self.model.weights())
 
     @torch.inference_mode()
@@ -192,14 +195,16 @@ class Trial:
         """Compress the model in place; all that follows is of the compressed one."""
         counts = torch.zeros(self.data.num_items + 1, dtype=torch.int64)
         counts[self.ids[:-1]] = torch.as_tensor(self.data.counts, dtype=torch.int64)
-        self.report = cprec_kernels.compress(
+        report = cprec_kernels.compress(
             self.model,
             counts,
             compression=self.settings.compression,
             classifier="tied" if self.settings.model == "sasrec" else None,
             inputs=self.sample(),
         )
-        return self.report
+        assert isinstance(report.softmax, ReindexedSoftmax)
+        self.softmax = report.softmax
+        return report
 
 
 def run_dense(data: PreparedData, settings: Settings, tell: Callable[[str], None]) -> dict[str, Any]:

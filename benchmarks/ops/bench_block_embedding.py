@@ -111,7 +111,7 @@ class AdaptiveInput(nn.Module):
         )
 
     def forward(self, ids: Tensor) -> Tensor:
-        out = self.tables[0].new_empty(*ids.shape, self.projections[0].shape[1])
+        out: Tensor = self.tables[0].new_empty(*ids.shape, self.projections[0].shape[1])
         bounds = [0, *self.cutoffs, sum(table.shape[0] for table in self.tables)]
         for table, projection, low, high in zip(self.tables, self.projections, bounds, bounds[1:], strict=False):
             mask = (ids >= low) & (ids < high)
