@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 import cprec_kernels
 from benchmarks.errors import BenchmarkError, unknown
-from cprec.batches import ordered_batches
 from cprec.data import EvaluationWindows, TrainingWindows
 from cprec.evaluation import metrics_of_ranks
 from cprec_kernels import functional
 from cprec_kernels.functional import Weights
-from cprec_kernels.nn.reindexed import ReindexedSoftmax
+from cprec_kernels.nn import ReindexedSoftmax
 
 if TYPE_CHECKING:
     from cprec.data import PreparedData
@@ -150,7 +149,8 @@ class Trial:
         self.model.eval()
         windows = EvaluationWindows(self.data.evaluation(split), self.settings.length, self.data.num_items)
         ranks = []
-        for history, target, _ in ordered_batches(windows, EVALUATION_BATCH):
+        for start in range(0, len(windows), EVALUATION_BATCH):
+            history, target, _ = windows.__getitems__(range(start, min(start + EVALUATION_BATCH, len(windows))))
             ranks.append(self.ranks(self.model.hidden(self.ids[history])[:, -1], self.ids[target]))
         return metrics_of_ranks(torch.cat(ranks).numpy()).to_dict()
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_floors import Rates, kernel_rows
 from benchmarks.gpu_peers import Peer, peers
+from benchmarks.gpu_tuning import environment, read_tiles
 from benchmarks.results import write_text
 from cprec_kernels import BackendError, Partition, functional, use_backend
 from cprec_kernels.testing import (
@@ -359,39 +358,6 @@ def tune(device: str, sizes: tuple[Size, ...], emit: Emit, folder: Path) -> None
                 if (text := json.dumps(found)) not in winners:
                     winners.add(text)
                     emit({"kind": "tile", **found})
-
-
-def read_tiles(folder: Path) -> list[dict[str, Any]]:
-    """The tiles that won, and whether the tables' ones did; none where nothing was tuned."""
-    path = folder / "triton-tiles.json"
-    if not path.exists():
-        return []
-    from cprec_kernels._triton import configs
-
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-    found = []
-    for winner in json.loads(path.read_bytes())["winners"]:
-        key, tile = winner["key"], winner["tile"]
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[key["dtype"]]
-        usual = configs.tile_for(key["kernel"], key["rank"], dtype, 10 * capability[0] + capability[1])
-        found.append({"kernel": key["kernel"], "rank": key["rank"], "dtype": key["dtype"], "tile": tile})
-        found[-1]["kept"] = tile == dataclasses.asdict(usual)
-    return found
-
-
-@contextlib.contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Environment variables inside a ``with`` block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def launches(call: Callable[[], object], device: str) -> list[tuple[str, float]]:

@@ -57,8 +57,8 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ),
     ("csrc/cpu", ".h"): (
         {"block_embedding", "clustered_softmax", "row_optimizer", "topk_index"},
-        {"block_embedding_backward", "half", "kernel_table", "math", "roofline", "softmax_block", "transpose_x86"}
-        | {"vec_scalar", "vec_avx2", "vec_avx512"},
+        {"block_embedding_backward", "half", "kernel_table", "math", "roofline", "softmax_block"}
+        | {"softmax_narrow", "transpose_x86", "vec_scalar", "vec_avx2", "vec_avx512"},
     ),
     ("csrc/cuda", ".cu"): ({"block_embedding"}, set()),
     ("tests/ops", ".py"): ({f"test_{stem}" for stem in STEMS}, set()),
@@ -184,7 +184,17 @@ def test_benchmarks_see_what_users_see():
     """Public API and cprec_kernels.testing, nothing behind them: a benchmark of internals measures nobody's program."""
     public = {
         f"cprec_kernels{name}"
-        for name in ("", ".nn", ".functional", ".optim", ".partition", ".planning", ".testing", ".testing.roofline")
+        for name in (
+            "",
+            ".convert",
+            ".functional",
+            ".nn",
+            ".optim",
+            ".partition",
+            ".planning",
+            ".testing",
+            ".testing.roofline",
+        )
     } | {f"cprec{name}" for name in ("", ".checkpoint", ".data", ".evaluation", ".model", ".planning", ".training")}
     for path in sorted((ROOT / "benchmarks").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -63,11 +63,11 @@ class Machine:
         return 1e3 * seconds
 
 
-# Measured on two threads of an AMD EPYC with AVX-512: the roofs in benchmarks/results/*.json (fma 227..232 GFLOP/s, exp
-# 13.8..14.7 G/s, read 26..33 GB/s beyond the caches); efficiency: the "of roof" column of docs/performance.md, 50% to 80%
-# for the loss in fp32; level_ms: a search for one row among 10^5 items takes 0.42 ms in three levels, a tenth of
-# which is what its work would need from caches; the rest is rounded down.
-CPU = Machine("cpu", flops=229e9, exps=14.3e9, bytes=28e9, efficiency=0.72, level_ms=0.1)
+# Measured on two threads of an AMD EPYC of family 26, whose 512-bit units are whole: the roofs in benchmarks/results/*.json
+# (fma 498..528 GFLOP/s, exp 33.5..35.2 G/s, read 38..87 GB/s beyond the caches, mostly near 40); efficiency: the "of roof"
+# column of docs/performance.md, 61% to 88% for the loss in fp32; level_ms: a whole search for one row among 10^5 items
+# takes 0.31 ms in three levels, a tenth of which is what its work would need from caches; the rest is rounded down.
+CPU = Machine("cpu", flops=514e9, exps=34.4e9, bytes=42e9, efficiency=0.72, level_ms=0.08)
 # Not measured here: an H100's rates as the kernels were designed for (bf16 products, one ex2 per 0.27 ps of the chip, HBM
 # at 3 TB/s), 1.45 times their floor, and three launches of 15 us per level from Python. Triton pads ranks to 16.
 GPU = Machine(

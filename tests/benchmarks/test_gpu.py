@@ -11,6 +11,7 @@ import torch
 from benchmarks import gpu, gpu_sanitized, gpu_stages
 from benchmarks.gpu import describe, main, read_rows
 from benchmarks.gpu_floors import Rates, floor_ms, kernel_rows, level_logits
+from benchmarks.gpu_tuning import read_tiles
 from cprec_kernels import Partition, get_backend
 
 
@@ -50,12 +51,12 @@ def test_stages_run_and_leave_rows(stage, tmp_path):
 
 
 def test_tiles_that_won_are_told_from_the_tables(tmp_path):
-    assert gpu_stages.read_tiles(tmp_path) == []
+    assert read_tiles(tmp_path) == []
     table = {"block_t": 128, "block_v": 64, "num_warps": 4, "num_stages": 3, "blocks_per_sm": 3, "transposed": False}
     key = {"device": "a GPU", "triton": "3.9.0", "kernel": "weight", "rank": 16, "dtype": "bf16"}
     winners = [{"key": key, "tile": table | change} for change in ({}, {"num_warps": 8})]
     (tmp_path / "triton-tiles.json").write_text(json.dumps({"format": 1, "winners": winners}))
-    kept, other = ({"kind": "tile", **row} for row in gpu_stages.read_tiles(tmp_path))
+    kept, other = ({"kind": "tile", **row} for row in read_tiles(tmp_path))
     assert describe(kept) == "weight rank 16 bf16: the table's tile"
     assert "'num_warps': 8" in describe(other)
 
