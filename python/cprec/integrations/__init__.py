@@ -1,0 +1,1 @@
+"""Models of this package inside other people's frameworks; each module imports its framework, nothing else does."""
