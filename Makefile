@@ -7,6 +7,8 @@ BENCH ?= bench
 PYTEST_ARGS ?= -n 2
 # The GPU kernels run in Triton's interpreter, in a process of their own.
 TRITON_ARGS ?= -n 2
+# Without its requirements: it wants ray 2.6.3 or older, which has no build for Python 3.12 and later.
+RECBOLE := recbole==1.2.1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,6 +46,7 @@ $(VENV)/.tools: pyproject.toml $(VENV)/.choice
 
 $(VENV)/.native: $(VENV)/.tools $(NATIVE)
 	$(PIP) install --no-build-isolation -e '.[app,test,lint]'
+	$(PIP) install --no-deps '$(RECBOLE)'
 	@touch $@
 
 setup: $(VENV)/.native
@@ -72,12 +75,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -type f)
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -type f) examples/*.cpp
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -type f)
+	$(BIN)/clang-format -i $$(find csrc -type f) examples/*.cpp
 
 clean:
-	rm -rf $(VENV) build *.egg-info cprec_kernels/_C*.so cprec_kernels/_build_info.json
+	rm -rf $(VENV) build *.egg-info cprec_kernels/*.so cprec_kernels/_build_info.json

@@ -1,4 +1,4 @@
-"""Builds the native module by running CMake with ninja; CPREC_BUILD=auto|cpu|cuda|none says what to build.
+"""Builds the native libraries by running CMake with ninja; CPREC_BUILD=auto|cpu|cuda|none says what to build.
 
 auto  CPU kernels where there is a C++ compiler, csrc/cuda where there is nvcc; a pure-Python package otherwise
 cpu   CPU kernels, an error without a compiler
@@ -22,6 +22,7 @@ from setuptools.errors import SetupError
 
 ROOT = Path(__file__).parent.resolve()
 MODES = ("auto", "cpu", "cuda", "none")
+LIBRARIES = ("_C*.so", "libcprec_serving.so")  # what a native build puts into the package
 
 
 def find_compiler() -> str | None:
@@ -69,6 +70,17 @@ def find_tool(name: str) -> str | None:
     return str(beside) if beside.exists() else shutil.which(name)
 
 
+def libraries(package: Path) -> list[Path]:
+    """What a native build has put into a package's folder."""
+    return [path for pattern in LIBRARIES for path in package.glob(pattern)]
+
+
+def remove_libraries(package: Path) -> None:
+    """Remove what an earlier build left."""
+    for stale in libraries(package):
+        stale.unlink()
+
+
 class CMakeBuild(build_ext):
     """Runs CMake and records beside the package what was built, for cprec_kernels._native to read."""
 
@@ -96,12 +108,11 @@ class CMakeBuild(build_ext):
                 raise SetupError(reason)
             info["reason"] = reason
             print(f"cprec-kernels: pure-Python build: {reason}", file=sys.stderr)
-            for stale in package.glob("_C*.so"):
-                stale.unlink()
+            remove_libraries(package)
         (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
     def build_native(self, with_cuda: bool, package: Path) -> dict[str, object]:
-        """Configure, build and install ``_C`` into ``package``; returns what to record.
+        """Configure, build and install the libraries into ``package``; returns what to record.
 
         Raises:
             subprocess.CalledProcessError: CMake or the compiler failed; what was there before is untouched.
@@ -142,14 +153,13 @@ class CMakeBuild(build_ext):
             shutil.rmtree(build)  # what CMake remembers of a broken compiler would spoil the next configuration
             raise
         subprocess.run([cmake, "--build", str(build)], check=True)
-        for stale in package.glob("_C*.so"):
-            stale.unlink()
+        remove_libraries(package)
         subprocess.run([cmake, "--install", str(build)], check=True)
         return {"torch": torch.__version__, "cuda": torch.version.cuda if link_cuda else None}
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "cprec_kernels"
-        return [str(path) for path in (*package.glob("_C*.so"), package / "_build_info.json") if path.exists()]
+        return [str(path) for path in (*libraries(package), package / "_build_info.json") if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

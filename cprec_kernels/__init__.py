@@ -2,7 +2,7 @@
 
 from . import convert, functional, nn, optim, planning
 from ._backend import BackendError, backend_of, get_backend, set_backend, use_backend
-from ._native import available_cpu_isas, cpu_isa, release_memory, set_cpu_isa
+from ._native import available_cpu_isas, cpu_isa, release_memory, serving_library, set_cpu_isa
 from ._version import __version__
 from ._warmup import warmup
 from .convert import compress
@@ -25,6 +25,7 @@ __all__ = [
     "optim",
     "planning",
     "release_memory",
+    "serving_library",
     "set_backend",
     "set_cpu_isa",
     "use_backend",

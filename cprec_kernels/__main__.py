@@ -22,6 +22,13 @@ def _triton_version() -> str:
     return str(triton.__version__)
 
 
+def _serving() -> str:
+    try:
+        return str(_native.serving_library())
+    except RuntimeError as error:
+        return f"none: {error}"
+
+
 def _native_lines() -> list[str]:
     module = _native.STATUS.module
     if module is None:
@@ -40,6 +47,7 @@ def _native_lines() -> list[str]:
         f"native module  built for torch {config['torch']} with {config['compiler']}",
         f"CPU kernels    {isa}",
         f"CUDA kernels   {cuda}",
+        f"without Python {_serving()}",
     ]
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+_SERVING = "libcprec_serving.so"
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -60,6 +62,9 @@ def load(info: dict[str, Any] | None, import_module: Any = importlib.import_modu
             f"_C was built for torch {built_for}, this is torch {torch.__version__}; rebuild it with `{_REBUILD}`",
             False,
         )
+    if hasattr(torch.ops.cprec_native, "block_embedding") and "cprec_kernels._C" not in sys.modules:
+        # To register the kernels a second time would end the process.
+        return NativeStatus(None, f"another library, such as {_SERVING}, has registered its kernels already", False)
     try:
         return NativeStatus(import_module("cprec_kernels._C"), "", False)
     except (ImportError, OSError, RuntimeError) as error:
@@ -73,6 +78,23 @@ def _loaded() -> ModuleType:
     if STATUS.module is None:
         raise RuntimeError(f"there are no CPU kernels to choose among: {STATUS.reason}")
     return STATUS.module
+
+
+def serving_library() -> Path:
+    """The shared library that defines the ops for programs without Python, such as a server in C++.
+
+    To be loaded before a package of AOTInductor, with the libraries of the torch that it was built for, and never in a
+    process that imports cprec_kernels. It serves the CPU, in float32, bfloat16 and float16.
+
+    Raises:
+        RuntimeError: the package was built without native code, or for another torch.
+    """
+    path = Path(__file__).parent / _SERVING
+    if STATUS.module is None:
+        raise RuntimeError(f"there is no {_SERVING}: {STATUS.reason}")
+    if not path.exists():
+        raise RuntimeError(f"{_SERVING} is not beside _C; rebuild it with `{_REBUILD}`")
+    return path
 
 
 def cpu_isa() -> str:

@@ -29,3 +29,10 @@ def test_the_page_shows_every_script_as_it_is():
     for script in SCRIPTS:
         body = script.read_text(encoding="utf-8").split('"""\n', 1)[1].lstrip("\n")
         assert shown[script.stem] == body, f"docs/drop-in.md shows another {script.name}"
+
+
+def test_the_page_shows_the_cpp_program_as_it_is():
+    """tests/build/test_serving_library.py compiles it by the page's command and runs it."""
+    program = (ROOT / "examples" / "serve.cpp").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```cpp\n// examples/serve\.cpp\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert shown == program[program.index("#include") :], "docs/drop-in.md shows another serve.cpp"

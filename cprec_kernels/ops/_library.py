@@ -13,8 +13,9 @@ from .. import _backend
 NAMESPACE = "cprec"
 if hasattr(torch.ops.cprec, "block_embedding"):
     raise ImportError(
-        "cprec_kernels has registered its ops in this process already, and torch takes them once: "
-        "do not reload it or remove it from sys.modules; restart Python to pick up a change"
+        "the ops of cprec_kernels are registered in this process already, and torch takes them once: do not load "
+        "libcprec_serving.so where Python imports cprec_kernels, and do not reload it or remove it from sys.modules; "
+        "restart Python to pick up a change"
     )
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(

@@ -73,14 +73,15 @@ def functions(disassembly: str) -> dict[str, str]:
     return dict(zip(blocks[1::2], blocks[2::2], strict=True))
 
 
-@pytest.fixture(scope="module")
-def code() -> dict[str, str]:
+@pytest.fixture(scope="module", params=["_C", "libcprec_serving"])
+def code(request: pytest.FixtureRequest) -> dict[str, str]:
     if MODULE is None or len(ISAS) == 1:
         pytest.skip("no x86 module here")
     tool = shutil.which("objdump")
     assert tool is not None, "objdump (binutils) is needed to check the instructions of the native module"
+    library = MODULE.__file__ if request.param == "_C" else str(cprec_kernels.serving_library())
     listing = subprocess.run(
-        [tool, "-d", "-C", "--no-show-raw-insn", MODULE.__file__], capture_output=True, text=True, check=True
+        [tool, "-d", "-C", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
     )
     return functions(listing.stdout)
 
