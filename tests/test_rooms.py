@@ -33,7 +33,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ),
     ("cprec_kernels/convert", ".py"): (
         {"dense", "fairseq", "plan", "transformer_xl"},
-        {"__init__", "_factors", "_layouts"},
+        {"__init__", "_factors", "_layouts", "_partition"},
     ),
     ("cprec_kernels/optim", ".py"): ({"rowwise_adagrad", "rowwise_adamw"}, {"__init__", "_rowwise"}),
     ("cprec_kernels/_triton", ".py"): (
@@ -106,6 +106,7 @@ ARROWS = {
     },
     "cprec_kernels.convert": {
         "cprec_kernels.convert", "cprec_kernels.nn", "cprec_kernels.fitting", "cprec_kernels.partition",
+        "cprec_kernels.planning",
     },
     "cprec_kernels.optim": {
         "cprec_kernels.optim", "cprec_kernels.nn", "cprec_kernels.ops",

@@ -43,7 +43,7 @@ class Dense(NamedTuple):
         return Dense(self.rows[lo:hi], None if self.biases is None else self.biases[lo:hi], self.counts[lo:hi])
 
 
-def _weights_of(counts: Tensor) -> Tensor:
+def weights_of(counts: Tensor) -> Tensor:
     """What an item's row counts for: its count, and at least 1, so that unseen items are fitted among themselves."""
     return counts.double().clamp(min=1.0)
 
@@ -55,7 +55,7 @@ def fit_table(dense: Dense, partition: Partition, padding_row: Tensor | None) ->
     """
     tables, projections, errors = [], [], []
     for j, (lo, hi) in enumerate(itertools.pairwise(partition.offsets)):
-        rows, weights = dense.rows[lo:hi], _weights_of(dense.counts[lo:hi])
+        rows, weights = dense.rows[lo:hi], weights_of(dense.counts[lo:hi])
         if padding_row is not None and j == partition.num_clusters - 1:
             rows, weights = torch.cat([rows, padding_row[None]]), torch.cat([weights, weights.max()[None]])
         if j in partition.projected:
@@ -101,7 +101,7 @@ def fit_softmax(dense: Dense, partition: Partition, inputs: Tensor | None, has_b
     items = dense.cluster(0, partition.sizes[0])
     weights = [torch.cat([items.rows, labels.to(dtype)])]
     masses = [dense.counts[lo:hi].double().sum() for lo, hi in itertools.pairwise(partition.offsets)][1:]
-    row_weights = [_weights_of(torch.cat([items.counts.double(), *(mass[None] for mass in masses)]))]
+    row_weights = [weights_of(torch.cat([items.counts.double(), *(mass[None] for mass in masses)]))]
     tail_biases = []
     for lo, hi in itertools.islice(itertools.pairwise(partition.offsets), 1, None):
         rows, biases, counts = dense.cluster(lo, hi)
@@ -109,7 +109,7 @@ def fit_softmax(dense: Dense, partition: Partition, inputs: Tensor | None, has_b
         mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
         mean += (shares[:, None] * rows.double()).sum(0)
         weights.append((rows.double() - mean).to(dtype))
-        row_weights.append(_weights_of(counts))
+        row_weights.append(weights_of(counts))
         if biases is not None:
             tail_biases.append((biases.double() - shares @ biases.double()).to(dtype))
     projections, errors = [], []

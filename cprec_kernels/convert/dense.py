@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..nn import ClusteredSoftmaxWithLoss
 from ..partition import Partition
-from ._factors import Dense, fit_parents, fit_softmax, fit_table
+from ._factors import Dense, fit_parents, fit_softmax, fit_table, weights_of
+from ._partition import fitted_partition
 from .plan import TIED, CompressionPlan, Replacement, find_classifier, find_table
 
 
@@ -85,15 +86,15 @@ def compress(
     * ``classifier="tied"`` is for a model without one that scores by ``hidden @ table.weight.T``. Its forward goes on
       working, since the new table has a ``weight`` too, computed anew each time; ``table.softmax`` gives loss and top-k
       without it.
-    * Every cluster is the truncated SVD of its rows, weighted by frequency. Parent labels are the means of their tails'
+    * Every cluster is the truncated SVD of its rows, weighted by frequency. Cuts and ranks for ``compression`` are those
+      that lose least of the trained tables by that measure, within the budget. Parent labels are the means of their tails'
       vectors by frequency, with the constant that makes them a lower bound of the log-sum-exp they stand for; with
       ``inputs`` they are fitted to it by least squares, and classifier rows count by the logits they make.
 
     Args:
         model: holds the modules; nothing is changed unless all goes well.
         counts: (V,) how often each id of the table occurs in the training data, in the model's own ids.
-        compression: how many times fewer parameters items should have; the clusters are then planned by
-            ``Partition.from_counts``. Give this or ``partition``.
+        compression: how many times fewer parameters items should have, at least 1. Give this or ``partition``.
         partition: clusters of the items by falling frequency, padding left out.
         output_partition: clusters of the classifier; by default those of the table, where widths are equal.
         table: name of the item table, where several embeddings have V rows.
@@ -125,20 +126,27 @@ def compress(
     tied = classifier == TIED or (linear is not None and linear.weight is old.weight)
     order = torch.argsort(given[ids], descending=True, stable=True)
     sorted_counts = given[ids[order]]
-    partition = partition or _planned(sorted_counts, old.embedding_dim, compression)
+    rows = old.weight[ids[order]]
+    classes = None if linear is None else _classes(linear, ids[order], padding, given.numel())
+    same = linear is not None and linear.in_features == old.embedding_dim
+    if partition is None:
+        own = linear is not None and same and not tied
+        tables = [rows, linear.weight[classes]] if linear is not None and own else [rows]
+        partition = _fitted(tables, sorted_counts, compression, linear, tied or own, padding is not None)
     _check_partition(partition, ids.numel(), old.embedding_dim, "partition")
     if tied or linear is None:
         if output_partition is not None:
             raise ValueError("output_partition is for a classifier of its own: this model's is tied, or it has none")
         output_partition = partition if tied else None
     else:
-        same = linear.in_features == old.embedding_dim
         if output_partition is None:
             if not same and compression is None:
                 raise ValueError(
                     f"the classifier is {linear.in_features} wide and the table {old.embedding_dim}: give output_partition="
                 )
-            output_partition = partition if same else _planned(sorted_counts, linear.in_features, compression)
+            output_partition = partition
+            if not same:
+                output_partition = _fitted([linear.weight[classes]], sorted_counts, compression, linear, True, False)
         _check_partition(output_partition, ids.numel(), linear.in_features, "output_partition")
     _check_inputs(inputs, output_partition)
 
@@ -157,8 +165,8 @@ def compress(
     )
     made = plan.build(order, old.weight)
     padding_row = None if padding is None else old.weight[padding]
-    dense = Dense(old.weight[ids[order]], None, sorted_counts)
-    table_errors, softmax_errors, parent_errors = _fill(made, plan, dense, padding_row, linear, ids[order], inputs)
+    dense = Dense(rows, None, sorted_counts)
+    table_errors, softmax_errors, parent_errors = _fill(made, plan, dense, padding_row, linear, classes, inputs)
     removed = _parameters(nn.ModuleList([old, *([] if linear is None else [linear])]))
     made.requires_grad_(old.weight.requires_grad or (linear is not None and linear.weight.requires_grad))
     plan.install(model, made)
@@ -181,7 +189,7 @@ def _fill(
     dense: Dense,
     padding_row: Tensor | None,
     linear: nn.Linear | None,
-    ids: Tensor,
+    classes: Tensor | None,
     inputs: Tensor | None,
 ) -> tuple[list[float], list[float], list[float]]:
     """Give the new modules their values; returns the errors of the table, the softmax and the parent labels."""
@@ -190,12 +198,7 @@ def _fill(
     _copy(made.embedding.embedding.projections, table.projections)
     if made.softmax is None:
         return table.errors, [], []
-    biases = None
-    if linear is not None:
-        classes = ids
-        if plan.padding_idx is not None and linear.out_features < plan.num_embeddings:
-            classes = ids - (ids > plan.padding_idx).long()
-        biases = None if linear.bias is None else linear.bias[classes]
+    biases = None if linear is None or linear.bias is None else linear.bias[classes]
     if made.blocks is not None:
         blocks = made.blocks
         labels, constants, parent_errors = fit_parents(Dense(dense.rows, biases, dense.counts), plan.partition, inputs)
@@ -237,9 +240,26 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _planned(counts: Tensor, width: int, compression: float | None) -> Partition:
-    """The clusters that the planner chooses for a compression."""
-    return Partition.from_counts(counts.cpu().numpy(), width, compression=compression)
+def _classes(linear: nn.Linear, ids: Tensor, padding: int | None, num_embeddings: int) -> Tensor:
+    """The outputs of a classifier for ids; one that leaves padding out numbers the ids behind it one lower."""
+    if padding is None or linear.out_features == num_embeddings:
+        return ids
+    return ids - (ids > padding).long()
+
+
+def _fitted(
+    tables: Sequence[Tensor],
+    counts: Tensor,
+    compression: float | None,
+    linear: nn.Linear | None,
+    softmax: bool,
+    padding: bool,
+) -> Partition:
+    """The clusters that lose least of trained tables at a compression; ``softmax``: one of them is to be a classifier."""
+    if compression is None or not 1.0 <= compression < float("inf"):
+        raise ValueError(f"compression must be a number of at least 1, got {compression}")
+    bias = softmax and linear is not None and linear.bias is not None
+    return fitted_partition(tables, weights_of(counts), compression, softmax=softmax, bias=bias, padding=padding)
 
 
 def _checked_counts(counts: Tensor | Sequence[float]) -> Tensor:
