@@ -352,3 +352,22 @@ def test_classes_far_beyond_fp32s_range_of_exponents(head):
     loss = head(hidden, torch.randint(20, (8,))).loss
     assert loss.isfinite().all()
     assert head.log_prob(hidden).isfinite().all()
+
+
+def test_ddp_waits_for_no_gradient(tmp_path):
+    """Batches without a target in a tail: torch's module leaves its tails without gradients, and DDP stops at the next step."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        theirs = nn.AdaptiveLogSoftmaxWithLoss(16, 60, [10, 30], div_value=2.0)
+        hidden, target = torch.randn(8, 16), torch.arange(8)
+        for module in (ClusteredSoftmaxWithLoss.from_adaptive(theirs), theirs):
+            parallel = nn.parallel.DistributedDataParallel(module)
+            parallel(hidden, target).loss.backward()
+            if module is theirs:
+                with pytest.raises(RuntimeError, match="finished reduction"):
+                    parallel(hidden, target)
+                continue
+            parallel(hidden, target).loss.backward()
+            assert all(parameter.grad is not None for parameter in module.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
