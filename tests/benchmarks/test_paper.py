@@ -288,7 +288,7 @@ def test_other_files_are_refused(results, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge"], "unknown preset 'huge'; there are quick, full, tiny"),
+        (["--preset", "huge"], "unknown preset 'huge'; there are quick, core, full, tiny"),
         (["--table", "6"], "unknown table '6'; there are 1, 2, 3, 4, 5, all"),
         (["--table", ","], "--table is empty"),
         ([], "give --data FOLDER"),
