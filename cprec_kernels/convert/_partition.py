@@ -98,7 +98,9 @@ def _lost(
             rows = table[int(low) :][part].double()
             grams[index] += rows.T @ (weights[int(low) :][part].double()[:, None] * rows)
     total = float(grams[-1].diagonal().sum())
-    spectra = torch.linalg.eigvalsh(grams[None, :] - grams[:, None]).clamp(min=0.0)  # (m, m, d), ascending
+    spectra = grams.new_zeros(len(places), len(places), width)  # ascending; zero where the second place is not behind
+    for first in range(len(places) - 1):
+        spectra[first, first + 1 :] = torch.linalg.eigvalsh(grams[first + 1 :] - grams[first]).clamp(min=0.0)
     left = torch.cat([torch.zeros_like(spectra[..., :1]), spectra.cumsum(-1)], dim=-1)  # [d - r]: lost at rank r
     kept = torch.stack([left[..., width - rank] for rank in ranks])
     return np.asarray((kept / total if total > 0 else kept * 0.0).cpu().numpy(), dtype=np.float64)

@@ -108,7 +108,7 @@ def compress(
 
     Raises:
         TypeError: a named module of another kind, counts that are no numbers.
-        ValueError: nothing or too much to replace; counts, partitions or inputs that do not fit.
+        ValueError: nothing or too much to replace; counts, partitions or inputs that do not fit; weights that are not finite.
     """
     if (compression is None) == (partition is None):
         raise ValueError("give either compression= or partition=")
@@ -123,6 +123,9 @@ def compress(
     if classifier != TIED:
         name, linear = find_classifier(model, classifier, old, ids.numel())
     _check_unshared(model, old, linear)
+    _check_finite(table_name, old)
+    if linear is not None and name is not None:
+        _check_finite(name, linear)
     tied = classifier == TIED or (linear is not None and linear.weight is old.weight)
     order = torch.argsort(given[ids], descending=True, stable=True)
     sorted_counts = given[ids[order]]
@@ -306,6 +309,17 @@ def _check_unshared(model: nn.Module, table: nn.Embedding, linear: nn.Linear | N
                     f"{name + '.' if name else ''}{key} is the same parameter as the item table's or the classifier's, and "
                     "would be left behind: let that module use the item table itself, or untie it first"
                 )
+
+
+def _check_finite(name: str, module: nn.Module) -> None:
+    """Raise ValueError for NaN or inf in a module that is to be factorised."""
+    for key, parameter in module.named_parameters():
+        bad = ~parameter.isfinite()
+        if bad.any():
+            place = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name}.{key}{place} = {float(parameter[tuple(place)])}: only finite weights can be factorised"
+            )
 
 
 def _check_partition(partition: Partition, num_items: int, width: int, name: str) -> None:

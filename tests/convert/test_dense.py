@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -342,6 +343,16 @@ def test_a_compression_is_kept_and_used(counts):
             cprec_kernels.compress(GRULike(), counts, compression=wrong)
     with pytest.raises(ValueError, match="compression = 1000 is out of reach: rank 1 for all items gives"):
         cprec_kernels.compress(GRULike(), counts, compression=1000)
+
+
+@pytest.mark.parametrize("options", [{"compression": 3}, {"partition": PARTITION}], ids=str)
+def test_weights_that_are_not_finite_are_named(counts, options):
+    for name, row, place in (("embed.0.weight", (5, 3), "[5, 3]"), ("out.bias", 7, "[7]")):
+        model = GRULike()
+        with torch.no_grad():
+            model.get_parameter(name)[row] = torch.nan
+        with pytest.raises(ValueError, match=re.escape(f"{name}{place} = nan: only finite weights")):
+            cprec_kernels.compress(model, counts, **options)
 
 
 def test_no_clusters_within_the_budget_lose_less(monkeypatch):
