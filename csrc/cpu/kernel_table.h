@@ -32,6 +32,7 @@
       cprec::CPREC_ISA::index_scan,                \
       cprec::CPREC_ISA::index_logits,              \
       cprec::CPREC_ISA::index_leaves,              \
+      cprec::CPREC_ISA::index_at_least,            \
       cprec::CPREC_ISA::row_adamw,                 \
       cprec::CPREC_ISA::row_adagrad,               \
       cprec::CPREC_ISA::row_scale,                 \

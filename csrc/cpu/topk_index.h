@@ -14,6 +14,7 @@ namespace cprec::CPREC_ISA {
 constexpr int kGroupVectors = static_cast<int>(kIndexGroup) / Vec::kWidth;
 constexpr int64_t kAheadBytes = int64_t{16} << 10;
 constexpr int64_t kLeafFlush = 16;  // groups of leaves whose sum may stay in fp32
+constexpr float kNoLeaf = -1e29f;   // log2 of the items of a leaf that is none is below this
 
 // f<R>(row) for tiles of R rows that cover 0..rows-1. Which tile a row falls into changes no bit of its results.
 template <class F>
@@ -188,41 +189,87 @@ static void index_logits(const IndexLevel& level, const float* z, int64_t first,
   }
 }
 
+// Places of values that are at least `least`, ascending; returns their number. NaN is not.
+static int64_t index_at_least(const float* values, int64_t count, float least, int32_t* places) {
+  const Vec bound = Vec::broadcast(least);
+  int64_t found = 0;
+  const auto take = [&](uint32_t lanes, int64_t first) {
+    for (; lanes != 0; lanes &= lanes - 1) places[found++] = static_cast<int32_t>(first + __builtin_ctz(lanes));
+  };
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= count; i += Vec::kWidth) take(Vec::at_least(Vec::load(values + i), bound), i);
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
+    take(Vec::at_least(Vec::load_first(values + i, rest), bound) & ((1u << rest) - 1u), i);
+  }
+  return found;
+}
+
 // The smaller of two upper bounds of w z over a leaf, with its largest bias: mean z + radius |z| (Cauchy-Schwarz) and
 // centre z + half-width |z| (per coordinate). And, since the mean of 2^x is at least 2^mean, a lower bound of the
-// leaf's sum of exponentials.
-static void index_leaves(const IndexLeaves& leaves) {
+// leaf's sum of exponentials. How many rows share a pass changes no bit of a row's results.
+template <int R>
+static void bounds_of_leaves(const IndexLeaves& leaves, int64_t row) {
   const int64_t vector_stride = leaves.rank * kIndexGroup;
-  const Vec log2e = Vec::broadcast(kLog2E), norm = Vec::broadcast(leaves.norm), shift = Vec::broadcast(leaves.shift);
-  Vec total = Vec::zero();
-  double sum = 0.0;
+  const Vec log2e = Vec::broadcast(kLog2E);
+  const float* z = leaves.z + row * leaves.rank;
   const int64_t groups = (leaves.num_leaves + kIndexGroup - 1) / kIndexGroup;
+  float* upper = leaves.upper + row * groups * kIndexGroup;
+  Vec total[R], largest[R];
+  double sum[R];
+  for (int r = 0; r < R; ++r) {
+    total[r] = Vec::zero();
+    largest[r] = Vec::broadcast(kNoEntry);
+    sum[r] = 0.0;
+  }
   for (int64_t group = 0; group < groups; ++group) {
     const float* vectors = leaves.vectors + group * kLeafVectors * vector_stride;
     const float* numbers = leaves.numbers + group * kLeafNumbers * kIndexGroup;
     for (int64_t lane = 0; lane < kIndexGroup; lane += Vec::kWidth) {
-      Vec mean = Vec::zero(), box = Vec::zero(), width = Vec::zero();
+      Vec mean[R], box[R], width[R];
+      for (int r = 0; r < R; ++r) mean[r] = box[r] = width[r] = Vec::zero();
       for (int64_t c = 0; c < leaves.rank; ++c) {
         const float* column = vectors + c * kIndexGroup + lane;
-        const float z = leaves.z[c];
-        mean = Vec::fma(Vec::broadcast(z), Vec::load(column), mean);
-        box = Vec::fma(Vec::broadcast(z), Vec::load(column + vector_stride), box);
-        width = Vec::fma(Vec::broadcast(z < 0.0f ? -z : z), Vec::load(column + 2 * vector_stride), width);
+        const Vec of_mean = Vec::load(column), of_box = Vec::load(column + vector_stride);
+        const Vec of_width = Vec::load(column + 2 * vector_stride);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const float element = z[r * leaves.rank + c];
+          mean[r] = Vec::fma(Vec::broadcast(element), of_mean, mean[r]);
+          box[r] = Vec::fma(Vec::broadcast(element), of_box, box[r]);
+          width[r] = Vec::fma(Vec::broadcast(element < 0.0f ? -element : element), of_width, width[r]);
+        }
       }
       const Vec radius = Vec::load(numbers + lane), items = Vec::load(numbers + kIndexGroup + lane);
       const Vec largest_bias = Vec::mul(Vec::load(numbers + 2 * kIndexGroup + lane), log2e);
       const Vec mean_bias = Vec::mul(Vec::load(numbers + 3 * kIndexGroup + lane), log2e);
-      const Vec sphere = Vec::fma(norm, radius, mean), cube = Vec::add(box, width);
-      const Vec least = Vec::if_above(sphere, cube, cube, sphere);
-      Vec::add(least, largest_bias).store(leaves.upper + group * kIndexGroup + lane);
-      total = Vec::add(total, exp2(Vec::sub(Vec::add(Vec::add(mean, mean_bias), items), shift)));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Vec sphere = Vec::fma(Vec::broadcast(leaves.norm[row + r]), radius, mean[r]);
+        const Vec cube = Vec::add(box[r], width[r]);
+        const Vec bound = Vec::add(Vec::if_above(sphere, cube, cube, sphere), largest_bias);
+        bound.store(upper + (r * groups + group) * kIndexGroup + lane);
+        largest[r] = Vec::max(Vec::if_above(items, Vec::broadcast(kNoLeaf), bound, largest[r]), largest[r]);
+        const Vec by = Vec::broadcast(leaves.shift[row + r]);
+        total[r] = Vec::add(total[r], exp2(Vec::sub(Vec::add(Vec::add(mean[r], mean_bias), items), by)));
+      }
     }
     if (group % kLeafFlush == kLeafFlush - 1 || group == groups - 1) {
-      sum += static_cast<double>(total.sum());
-      total = Vec::zero();
+      for (int r = 0; r < R; ++r) {
+        sum[r] += static_cast<double>(total[r].sum());
+        total[r] = Vec::zero();
+      }
     }
   }
-  *leaves.sum = sum;
+  for (int r = 0; r < R; ++r) {
+    leaves.sum[row + r] = sum[r];
+    leaves.largest[row + r] = largest[r].maximum();
+  }
+}
+
+static void index_leaves(const IndexLeaves& leaves) {
+  if (leaves.rows == kLeafRows) return bounds_of_leaves<kLeafRows>(leaves, 0);
+  for (int64_t row = 0; row < leaves.rows; ++row) bounds_of_leaves<1>(leaves, row);
 }
 
 }  // namespace cprec::CPREC_ISA

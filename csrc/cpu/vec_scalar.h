@@ -67,6 +67,8 @@ struct Vec {
   // The larger; b where either is NaN, as the x86 instructions have it.
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   static bool any_above(Vec a, Vec b) { return a.v > b.v; }
+  // Bit i: lane i of a is at least that of b.
+  static uint32_t at_least(Vec a, Vec b) { return a.v >= b.v; }
   // x where a > b, else y.
   static Vec if_above(Vec a, Vec b, Vec x, Vec y) { return a.v > b.v ? x : y; }
   float sum() const { return v; }

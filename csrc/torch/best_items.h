@@ -74,7 +74,12 @@ inline bool before(const Best& a, const Best& b) {
 // The `size` largest of the scores offered, the least of them first.
 class LargestScores {
  public:
-  void start(int64_t size) { size_ = size; }
+  static constexpr int64_t kReserved = 64;  // of few scores; many may never come
+
+  void start(int64_t size) {
+    size_ = size;
+    heap_.reserve(static_cast<size_t>(std::min(size, kReserved)));
+  }
   int64_t size() const { return size_; }
   bool full() const { return static_cast<int64_t>(heap_.size()) == size_; }
   float least() const { return full() && size_ > 0 ? heap_.front() : -std::numeric_limits<float>::infinity(); }
@@ -82,7 +87,7 @@ class LargestScores {
   void offer(float score) {
     if (!full()) {
       heap_.push_back(score);
-      std::push_heap(heap_.begin(), heap_.end(), std::greater<>());
+      if (full()) std::make_heap(heap_.begin(), heap_.end(), std::greater<>());
     } else if (size_ > 0 && score > heap_.front()) {
       std::pop_heap(heap_.begin(), heap_.end(), std::greater<>());
       heap_.back() = score;
@@ -107,6 +112,7 @@ class RowSearch {
     tentative_ = tentative;
     items_.start(k);
     maxima_.start(k + static_cast<int64_t>(exclude_.size()));
+    found.reserve(LargestScores::kReserved);
   }
 
   float threshold() const { return threshold_; }

@@ -167,7 +167,8 @@ inline std::vector<double> log_sum_exps(const Level& level, const IndexLevel& ke
     std::vector<double> sums;
     run_slabs(kernel, some.count(), tiles.data(), by.data(), largest, sums);
     std::vector<double> out(some.rows.size());
-    for (size_t i = 0; i < sums.size(); ++i) out[i % out.size()] += sums[i];
+    for (size_t slab = 0; slab < sums.size(); slab += out.size())
+      for (size_t t = 0; t < out.size(); ++t) out[t] += sums[slab + t];
     return out;
   };
   const std::vector<double> sums = sum(states, shift, maxima);

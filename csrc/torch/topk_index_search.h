@@ -157,19 +157,32 @@ class ChunkSearch {
   // Rows whose turn-th tail is j and may hold an item that is wanted; cheapest proof of the contrary first.
   States wanted_rows(size_t j, size_t turn) {
     const Level& level = levels_[j];
+    const int64_t rank = level.stored.rank;
     std::vector<int64_t> rows;
     for (int64_t row = 0; row < num_rows(); ++row)
       if (turns_[static_cast<size_t>(row) * (levels_.size() - 1) + turn] == j && may_reach(parent(j, row), row))
         rows.push_back(row);
     States states = states_of(level, hidden_, width_, std::move(rows));
+    keep(states, rank, [&](int64_t t) { return tail_may_reach(level, states, t); });
+    if (level.leaf_vectors == nullptr || states.count() == 0) return states;
     std::vector<char> wanted(states.rows.size());
-    at::parallel_for(0, states.count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) wanted[static_cast<size_t>(t)] = row_wants(level, states, t);
+    const int64_t passes = (states.count() + kLeafRows - 1) / kLeafRows;
+    at::parallel_for(0, passes, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t pass = begin; pass < end; ++pass) {
+        const int64_t first = pass * kLeafRows;
+        leaves_want(level, states, first, std::min(kLeafRows, states.count() - first), wanted.data() + first);
+      }
     });
+    keep(states, rank, [&](int64_t t) { return wanted[static_cast<size_t>(t)] != 0; });
+    return states;
+  }
+
+  template <class Kept>
+  static void keep(States& states, int64_t rank, Kept kept) {
     std::vector<int64_t> positions;
     for (int64_t t = 0; t < states.count(); ++t)
-      if (wanted[static_cast<size_t>(t)]) positions.push_back(t);
-    return positions.size() == wanted.size() ? std::move(states) : states.subset(positions, level.stored.rank);
+      if (kept(t)) positions.push_back(t);
+    if (positions.size() < states.rows.size()) states = states.subset(positions, rank);
   }
 
   // Whether an item with this log2-probability, or less, may be among the row's best. The slack covers the rounding of
@@ -179,48 +192,66 @@ class ChunkSearch {
     return bound + 1e-5 * (1.0 + std::abs(bound)) >= rows_[static_cast<size_t>(row)].threshold();
   }
 
-  bool row_wants(const Level& level, const States& states, int64_t t) {
+  // By the whole tail: max <= mean z + radius |z|, and by Jensen's inequality log-sum-exp >= log n + mean z.
+  bool tail_may_reach(const Level& level, const States& states, int64_t t) const {
     const int64_t row = states.rows[static_cast<size_t>(t)];
-    const double own_parent = parent(level.index, row), norm = states.norm[static_cast<size_t>(t)];
-    const double slack = rounding(level, norm);
-    // The whole tail: max <= mean z + radius |z|, and by Jensen's inequality log-sum-exp >= log n + mean z.
-    const double spread = level.radius * norm + level.bias_gap + 2.0 * slack;
-    if (!may_reach(own_parent + spread - std::log2(static_cast<double>(level.items())), row)) return false;
-    return level.leaf_vectors == nullptr || leaves_want(level, states.row(t, level.stored.rank), norm, row);
+    const double norm = states.norm[static_cast<size_t>(t)];
+    const double spread = level.radius * norm + level.bias_gap + 2.0 * rounding(level, norm);
+    return may_reach(parent(level.index, row) + spread - std::log2(static_cast<double>(level.items())), row);
   }
 
-  // The same, leaf by leaf; then the largest logit itself, of the leaves that may hold it.
-  bool leaves_want(const Level& level, const float* z, double norm, int64_t row) {
+  // The same, leaf by leaf, for positions first..first+count-1, at most kLeafRows.
+  void leaves_want(const Level& level, const States& states, int64_t first, int64_t count, char* wanted) {
     thread_local Scratch<float> memory;
-    const int64_t number = level.leaves();
-    float* upper = memory.get((number + kIndexGroup - 1) / kIndexGroup * kIndexGroup);
-    const double slack = rounding(level, norm);
-    double sum = 0.0;
+    const int64_t number = level.leaves(), stride = (number + kIndexGroup - 1) / kIndexGroup * kIndexGroup;
+    float* upper = memory.get(kLeafRows * stride);
+    std::array<float, kLeafRows> norms, shifts, largest;
+    std::array<double, kLeafRows> sums;
+    for (int64_t i = 0; i < count; ++i) {
+      const double norm = states.norm[static_cast<size_t>(first + i)];
+      norms[i] = static_cast<float>(norm * (1.0 + 1e-6));
+      shifts[i] = static_cast<float>(std::max(0.0, norm * level.norm + level.bias_max + 40.0 - kHeadroom));
+    }
     IndexLeaves leaves{};
     leaves.vectors = level.leaf_vectors;
     leaves.numbers = level.leaf_numbers;
     leaves.num_leaves = number;
     leaves.rank = level.stored.rank;
-    leaves.z = z;
-    leaves.norm = static_cast<float>(norm * (1.0 + 1e-6));
-    leaves.shift = static_cast<float>(std::max(0.0, norm * level.norm + level.bias_max + 40.0 - kHeadroom));
+    leaves.rows = count;
+    leaves.z = states.row(first, level.stored.rank);
+    leaves.norm = norms.data();
+    leaves.shift = shifts.data();
     leaves.upper = upper;
-    leaves.sum = &sum;
+    leaves.largest = largest.data();
+    leaves.sum = sums.data();
     cpu_kernels().index_leaves(leaves);
+    for (int64_t i = 0; i < count; ++i)
+      wanted[i] = row_wants(level, states, first + i, {upper + i * stride, largest[i], shifts[i], sums[i]});
+  }
+
+  // What bounds_of_leaves found for a row.
+  struct LeafBounds {
+    const float* upper;
+    float largest, shift;
+    double sum;
+  };
+
+  // By these; then by the largest logit itself, of the leaves that may hold it.
+  bool row_wants(const Level& level, const States& states, int64_t t, const LeafBounds& bounds) {
+    const int64_t row = states.rows[static_cast<size_t>(t)], number = level.leaves();
+    const float* z = states.row(t, level.stored.rank);
+    const double norm = states.norm[static_cast<size_t>(t)], slack = rounding(level, norm);
     // Terms too small to tell count as 2^-126 each: without them the sum is a lower bound still.
-    sum -= std::ldexp(static_cast<double>(number + kIndexGroup), -125);
+    const double sum = bounds.sum - std::ldexp(static_cast<double>(number + kIndexGroup), -125);
     if (!(sum > 0.0)) return true;
-    const double least_lse = leaves.shift + std::log2(sum) - slack - 1e-4;
+    const double least_lse = bounds.shift + std::log2(sum) - slack - 1e-4;
     const double offset = parent(level.index, row) - least_lse;
     const float threshold = rows_[static_cast<size_t>(row)].threshold();
     // An item reaches the threshold only with a computed logit of at least `least`.
     const float least = least_logit(threshold, offset + slack + 1e-5 * (1.0 + std::abs(offset)), false);
-    int64_t left = 0, top = 0;
-    for (int64_t leaf = 0; leaf < number; ++leaf) {
-      left += upper[leaf] >= least;
-      if (upper[leaf] > upper[top]) top = leaf;
-    }
-    if (left == 0) return false;
+    if (!(bounds.largest >= least)) return false;
+    int32_t* open = places(number);
+    const int64_t left = cpu_kernels().index_at_least(bounds.upper, number, least, open);
     if (static_cast<double>(left) > kLeavesWorthALook * static_cast<double>(number)) return true;
     const float reaching = static_cast<float>(least - logit_error(level, norm) * (1.0 + 1e-6));
     Counters& seen = counters_[static_cast<size_t>(row)];
@@ -233,10 +264,12 @@ class ChunkSearch {
       seen.products += count * kIndexGroup;
       return *std::max_element(logits, logits + count * kIndexGroup) >= reaching;
     };
+    // The likeliest leaf first.
+    std::iter_swap(open, std::max_element(open, open + left, [&](int32_t a, int32_t b) {
+                     return bounds.upper[a] < bounds.upper[b];
+                   }));
     const int64_t before = seen.leaves;
-    bool wanted = reaches(top);
-    for (int64_t leaf = 0; leaf < number && !wanted; ++leaf)
-      if (leaf != top && upper[leaf] >= least) wanted = reaches(leaf);
+    const bool wanted = std::any_of(open, open + left, reaches);
     if (wanted) seen.leaves = before;  // the scan will see them all
     return wanted;
   }
@@ -271,15 +304,20 @@ class ChunkSearch {
       const double offset = scan.offset[at] - scan.error[at] - scan.margin[at];
       const float* maxima = scan.block_maxima(t);
       const float least = least_logit(row.threshold(), offset, true);
-      std::vector<float> largest;
-      for (int64_t block = 0; block < scan.level->blocks(); ++block)
-        if (maxima[block] >= least) largest.push_back(maxima[block]);
-      if (static_cast<int64_t>(largest.size()) > row.maxima_needed()) {
-        std::nth_element(largest.begin(), largest.begin() + row.maxima_needed(), largest.end(), std::greater<>());
-        largest.resize(static_cast<size_t>(row.maxima_needed()));
-      }
-      for (const float logit : largest) row.offer(score_of(logit, offset));
+      int32_t* above = places(scan.level->blocks());
+      const int64_t count = cpu_kernels().index_at_least(maxima, scan.level->blocks(), least, above);
+      const int64_t needed = std::min(count, row.maxima_needed());
+      if (needed < count)
+        std::nth_element(above, above + needed, above + count,
+                         [&](int32_t a, int32_t b) { return maxima[a] > maxima[b]; });
+      for (int64_t i = 0; i < needed; ++i) row.offer(score_of(maxima[above[i]], offset));
     });
+  }
+
+  // Room for so many places: a thread's own, until its next call.
+  static int32_t* places(int64_t count) {
+    thread_local Scratch<int32_t> memory;
+    return memory.get(count);
   }
 
   template <class F>
@@ -301,27 +339,31 @@ class ChunkSearch {
       float threshold = row.threshold();
       float least_block = least_logit(threshold, highest + scan.error[at], false);
       float least_item = least_logit(threshold, highest, false);
-      std::vector<int64_t> blocks;
+      int32_t* blocks = places(level.blocks());
+      int64_t number;
       if (options_.candidates) {
-        blocks = options_.candidates->blocks[level.index];
+        const std::vector<int64_t>& listed = options_.candidates->blocks[level.index];
+        number = static_cast<int64_t>(listed.size());
+        std::copy(listed.begin(), listed.end(), blocks);
       } else {
-        for (int64_t block = 0; block < level.blocks(); ++block)
-          if (maxima[block] >= least_block) blocks.push_back(block);
+        number = cpu_kernels().index_at_least(maxima, level.blocks(), least_block, blocks);
       }
-      std::sort(blocks.begin(), blocks.end(), [&](int64_t a, int64_t b) { return maxima[a] > maxima[b]; });
+      std::sort(blocks, blocks + number, [&](int32_t a, int32_t b) { return maxima[a] > maxima[b]; });
       alignas(64) float logits[kIndexBlock];
-      for (const int64_t block : blocks) {
-        if (!(maxima[block] >= least_block)) break;
-        const int64_t first = block * level.block(), count = std::min(level.block(), level.items() - first);
+      int32_t entries[kIndexBlock];
+      for (int64_t i = 0; i < number; ++i) {
+        if (!(maxima[blocks[i]] >= least_block)) break;
+        const int64_t first = blocks[i] * level.block(), count = std::min(level.block(), level.items() - first);
         cpu_kernels().index_logits(level.exact, scan.states.row(t, level.stored.rank), first / kIndexGroup,
                                    (count + kIndexGroup - 1) / kIndexGroup, logits);
         seen.products += count;
-        for (int64_t entry = 0; entry < count; ++entry) {
-          if (!(logits[entry] >= least_item)) continue;
-          const int64_t item = level.item_at(first + entry);
+        const int64_t reaching = cpu_kernels().index_at_least(logits, count, least_item, entries);
+        for (int64_t e = 0; e < reaching; ++e) {
+          const float logit = logits[entries[e]];
+          const int64_t item = level.item_at(first + entries[e]);
           if (options_.candidates && !options_.candidates->allowed[static_cast<size_t>(item)]) continue;
-          row.add({score_of(logits[entry], scan.offset[at]), logits[entry], item, static_cast<int64_t>(level.index)},
-                  score_of(logits[entry], lowest));
+          row.add({score_of(logit, scan.offset[at]), logit, item, static_cast<int64_t>(level.index)},
+                  score_of(logit, lowest));
         }
         if (row.threshold() > threshold) {
           threshold = row.threshold();

@@ -49,6 +49,8 @@ struct CpuKernels {
   // Logits times log2(e) of groups first..first+count-1 for one packed row, (32 count,).
   void (*index_logits)(const IndexLevel& level, const float* z, std::int64_t first, std::int64_t count, float* out);
   void (*index_leaves)(const IndexLeaves& leaves);
+  // Places (count,) of the values that are at least `least`, ascending; returns how many there are.
+  std::int64_t (*index_at_least)(const float* values, std::int64_t count, float least, std::int32_t* places);
   // Gradients begin..end-1, or elements where no rows are named.
   void (*row_adamw)(const RowAdamWParams& params, std::int64_t begin, std::int64_t end);
   void (*row_adagrad)(const RowAdagradParams& params, std::int64_t begin, std::int64_t end);

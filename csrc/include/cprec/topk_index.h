@@ -45,17 +45,22 @@ struct IndexScan {
   double* sum;  // (rows,) out: sum of 2^(logit - shift)
 };
 
-// Bounds of leaves 0..num_leaves-1 for one row z (rank,), scaled by log2(e).
+constexpr std::int64_t kLeafRows = 4;  // rows that share a pass over the leaves, at most
+
+// Bounds of leaves 0..num_leaves-1 for some rows z (rows, rank), scaled by log2(e).
 struct IndexLeaves {
   const float* vectors;  // (ceil(num_leaves / 32), kLeafVectors, rank, 32)
   const float* numbers;  // (ceil(num_leaves / 32), kLeafNumbers, 32)
   std::int64_t num_leaves;
   std::int64_t rank;
+  std::int64_t rows;  // 1..kLeafRows
   const float* z;
-  float norm;  // |z|
-  float shift;
-  float* upper;  // (num_leaves rounded up to 32,) out: no logit of the leaf is larger, up to rounding
-  double* sum;   // out: sum over leaves of items times 2^(mean logit - shift)
+  const float* norm;   // (rows,) |z|
+  const float* shift;  // (rows,)
+  // (rows, num_leaves rounded up to 32) out: no logit of the leaf is larger, up to rounding
+  float* upper;
+  float* largest;  // (rows,) out: the largest of them
+  double* sum;     // (rows,) out: sum over leaves of items times 2^(mean logit - shift)
 };
 
 }  // namespace cprec
