@@ -35,6 +35,11 @@ inline float least_logit(float score, double offset, bool strict) {
     const float reached = score_of(float_at(place), offset);
     return strict ? reached > score : reached >= score;
   };
+  constexpr float kLowest = std::numeric_limits<float>::lowest(),
+                  kMinusInfinity = -std::numeric_limits<float>::infinity();
+  // As of a row that has found nothing yet.
+  if (score == kMinusInfinity && std::isfinite(offset))
+    return !strict ? kMinusInfinity : score_of(kLowest, offset) > score ? kLowest : -kLowest;
   const auto guess = static_cast<float>(score / kLn2 - offset);
   uint32_t bits;
   std::memcpy(&bits, &guess, sizeof bits);

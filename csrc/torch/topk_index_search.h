@@ -265,9 +265,8 @@ class ChunkSearch {
       return *std::max_element(logits, logits + count * kIndexGroup) >= reaching;
     };
     // The likeliest leaf first.
-    std::iter_swap(open, std::max_element(open, open + left, [&](int32_t a, int32_t b) {
-                     return bounds.upper[a] < bounds.upper[b];
-                   }));
+    std::iter_swap(open, std::max_element(open, open + left,
+                                          [&](int32_t a, int32_t b) { return bounds.upper[a] < bounds.upper[b]; }));
     const int64_t before = seen.leaves;
     const bool wanted = std::any_of(open, open + left, reaches);
     if (wanted) seen.leaves = before;  // the scan will see them all
