@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+LARGE = 20_000  # items: with fewer, the blocks are a large part of a model and rare items are few
 SHARINGS = ("none", "cross-layer", "cross-block", "adjacent-layer", "adjacent-block")
 
 
@@ -16,7 +17,7 @@ class Preset:
     Args:
         dim, dilations, repeats: of every NextItNet. batch_size, epochs, patience: of every training run.
         seeds: the first one also tunes. lengths: L in table 1, main_length in all others.
-        compression: that the planner is asked for.
+        compression, small_compression: that the planner is asked for, for catalogues above and up to LARGE items.
         grid: values to try per setting ("dropout", "learning_rate", "weight_decay"), one setting after the other, the
             first value of each to begin with; chosen by validation NDCG@10, for every model alike.
         sharings, clusters: of tables 2 and 3. both_tables: table 2 without block decomposition too.
@@ -34,6 +35,7 @@ class Preset:
     lengths: tuple[int, ...]
     main_length: int = 20
     compression: float
+    small_compression: float = 2.0
     grid: dict[str, tuple[float, ...]]
     sharings: tuple[str, ...]
     both_tables: bool
@@ -41,6 +43,10 @@ class Preset:
     sizes: tuple[int, ...]
     rounds: int
     search_rounds: int
+
+    def compression_for(self, num_items: int) -> float:
+        """What the planner is asked for a catalogue of so many items."""
+        return self.compression if num_items > LARGE else self.small_compression
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -100,6 +106,7 @@ TINY = Preset(
     lengths=(4,),
     main_length=4,
     compression=1.3,
+    small_compression=1.3,
     grid={"dropout": (0.0, 0.2), "learning_rate": (1e-3,), "weight_decay": (0.01,)},
     sharings=("none", "cross-block"),
     both_tables=True,

@@ -67,7 +67,8 @@ class Bench:
 
     def planned(self, **options: Any) -> NextItNetConfig:
         """The model that the planner makes of the preset's compression."""
-        return plan_model(self.model(), self.data.counts, self.preset.compression, **options).config
+        compression = self.preset.compression_for(self.data.num_items)
+        return plan_model(self.model(), self.data.counts, compression, **options).config
 
     def train(self, model: NextItNetConfig, length: int, seed: int, **chosen: float) -> Trained:
         """A training run; ``chosen`` are settings of the grid."""
@@ -255,7 +256,7 @@ def search_by_size(bench: Bench, add: Callable[[Row], None]) -> None:
     preset = bench.preset
     for size in preset.sizes:
         counts = np.floor(ZIPF_INTERACTIONS * size / np.log(size) / np.arange(1, size + 1))
-        plan = Planner(counts, preset.dim).plan(compression=preset.compression)
+        plan = Planner(counts, preset.dim).plan(compression=preset.compression_for(size))
         settings = {"partition": plan.partition.to_dict(), "rounds": preset.search_rounds}
         row = Row(f"{size:,} items", "compressed", parameters=plan.prediction.parameters)
         row.settings = {"cutoffs": list(plan.partition.cutoffs), "ranks": list(plan.partition.ranks)}

@@ -38,9 +38,9 @@ class QualityModel:
         tree: t, loss of an item that lies in a tail.
     """
 
-    spectrum: float = 1.0
-    noise: float = 0.1
-    tree: float = 0.1
+    spectrum: float = 0.75
+    noise: float = 0.02
+    tree: float = 0.02
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
