@@ -17,7 +17,8 @@ class Preset:
     Args:
         dim, dilations, repeats: of every NextItNet. batch_size, epochs, patience: of every training run.
         seeds: the first one also tunes. lengths: L in table 1, main_length in all others.
-        compression, small_compression: that the planner is asked for, for catalogues above and up to LARGE items.
+        compression, small_compression: that the planner is asked for, for catalogues of more than LARGE items and for
+            others.
         grid: values to try per setting ("dropout", "learning_rate", "weight_decay"), one setting after the other, the
             first value of each to begin with; chosen by validation NDCG@10, for every model alike.
         sharings, clusters: of tables 2 and 3. both_tables: table 2 without block decomposition too.

@@ -256,7 +256,7 @@ def search_by_size(bench: Bench, add: Callable[[Row], None]) -> None:
     preset = bench.preset
     for size in preset.sizes:
         counts = np.floor(ZIPF_INTERACTIONS * size / np.log(size) / np.arange(1, size + 1))
-        plan = Planner(counts, preset.dim).plan(compression=preset.compression_for(size))
+        plan = Planner(counts, preset.dim).plan(compression=preset.compression)
         settings = {"partition": plan.partition.to_dict(), "rounds": preset.search_rounds}
         row = Row(f"{size:,} items", "compressed", parameters=plan.prediction.parameters)
         row.settings = {"cutoffs": list(plan.partition.cutoffs), "ranks": list(plan.partition.ranks)}
@@ -282,13 +282,16 @@ def run_table(
     """Make one table; its file is rewritten after every row."""
     bench = Bench(store, preset, None if number in GENERATED else data, tell)
     about: dict[str, Any] = {}
+    asked = preset.compression
     if number not in GENERATED:
+        asked = preset.compression_for(bench.data.num_items)
         sizes = bench.data.meta["sizes"]
         about = {
             "name": bench.data.name, "fingerprint": bench.data.fingerprint, "users": sizes["users"],
             "items": sizes["items"], "interactions": sizes["train_interactions"],
         }  # fmt: skip
-    table = Table(number, about, preset.to_dict(), dataclasses.asdict(Provenance.here()))
+    described = preset.to_dict() | {"compression": asked}
+    table = Table(number, about, described, dataclasses.asdict(Provenance.here()))
 
     def add(row: Row) -> None:
         table.rows.append(row)
