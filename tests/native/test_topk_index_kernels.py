@@ -88,7 +88,8 @@ def two_levels(tail):
         module.weights[0][:64] = torch.linspace(0.0, -8.0, 64)[:, None] * direction
         module.weights[0][64] = direction
         module.weights[1].copy_(tail)
-    hidden = direction.expand(3, -1) + 0.01 * hidden_states(3, width)
+    # Four rows share a pass over the leaves; the other three have their own.
+    hidden = direction.expand(7, -1) + 0.01 * hidden_states(7, width)
     return module, hidden
 
 
