@@ -244,7 +244,7 @@ def train(
     length: Annotated[int, typer.Option("--length", "-L", help="Items that the model sees.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 128,
     epochs: Annotated[int, typer.Option(help="At most this many epochs.")] = 20,
-    learning_rate: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 3e-3,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.01,
     warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
     gradient_clip: Annotated[float, typer.Option(help="Largest norm of all gradients; 0 for none.")] = 1.0,

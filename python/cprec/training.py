@@ -69,7 +69,7 @@ class TrainingConfig:
     length: int = 20
     batch_size: int = 128
     epochs: int = 20
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warmup_steps: int = 0
     gradient_clip: float = 1.0
