@@ -51,12 +51,12 @@ def _figure(row: Row, name: str, suffix: str = "") -> str:
     return "" if value is None else f"{number(value)}{suffix}"
 
 
-def verdict(row: Row, rows: Sequence[Row]) -> str:
-    """NDCG@10 against the row's baseline: the ratio of means, and what it is worth."""
+def verdict(row: Row, rows: Sequence[Row], metric: str = MONITOR) -> str:
+    """A metric against that of the row's baseline: the ratio of means, and what it is worth."""
     base = next((other for other in rows if (other.group, other.label) == (row.group, row.baseline)), None)
-    if base is None or MONITOR not in row.metrics:
+    if base is None or metric not in row.metrics:
         return ""
-    ours, theirs = row.metrics[MONITOR], base.metrics[MONITOR]
+    ours, theirs = row.metrics[metric], base.metrics[metric]
     reference = mean_and_deviation(theirs)[0]
     ratio = f"{mean_and_deviation(ours)[0] / reference:.1%}" if reference > 0 else "baseline is 0"
     return f"{ratio}: {compare(ours, theirs)}"
@@ -191,7 +191,7 @@ def findings(table: Table) -> list[str]:
             continue
         parts = [
             f"{base.parameters / row.parameters:.2f} times fewer parameters",
-            f"NDCG@10 {verdict(row, table.rows)}",
+            *(f"{name.upper()} {verdict(row, table.rows, name)}" for name in (MONITOR, "mrr@5") if name in row.metrics),
         ]
         for name, what in (
             ("step_ms", "a training step"),
