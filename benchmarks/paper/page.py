@@ -31,7 +31,7 @@ an epoch, and "to metric" that of the epochs until validation NDCG@10 reaches th
 EXPLANATIONS = {
     1: "The planned model beside the uncompressed twin and the popularity baseline.",
     2: "Layers of the residual blocks that share parameters; compared with no sharing on the same tables.",
-    3: "Partitions for the same compression, planned with more or fewer clusters, and one cut blindly.",
+    3: "Partitions planned for the same compression and for others, with more or fewer clusters, and one cut blindly.",
     4: "The planned partition on one table, the other or both; settings as tuned for both.",
     5: "Top 10 for one hidden state over generated catalogues with random weights, which let a search leave out more than "
     "trained ones do: \"whole\" leaves nothing out.",

@@ -21,7 +21,8 @@ class Preset:
             others.
         grid: values to try per setting ("dropout", "learning_rate", "weight_decay"), one setting after the other, the
             first value of each to begin with; chosen by validation NDCG@10, for every model alike.
-        sharings, clusters: of tables 2 and 3. both_tables: table 2 without block decomposition too.
+        sharings, clusters, compressions, small_compressions: of tables 2 and 3; the last two beside those above.
+        both_tables: table 2 without block decomposition too.
         sizes: catalogues of table 5. rounds, search_rounds: timed steps and searches per contender.
     """
 
@@ -41,6 +42,8 @@ class Preset:
     sharings: tuple[str, ...]
     both_tables: bool
     clusters: tuple[int, ...]
+    compressions: tuple[float, ...] = ()
+    small_compressions: tuple[float, ...] = ()
     sizes: tuple[int, ...]
     rounds: int
     search_rounds: int
@@ -48,6 +51,10 @@ class Preset:
     def compression_for(self, num_items: int) -> float:
         """What the planner is asked for a catalogue of so many items."""
         return self.compression if num_items > LARGE else self.small_compression
+
+    def other_compressions_for(self, num_items: int) -> tuple[float, ...]:
+        """What else table 3 asks it."""
+        return self.compressions if num_items > LARGE else self.small_compressions
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -83,6 +90,8 @@ FULL = Preset(
     sharings=SHARINGS,
     both_tables=True,
     clusters=(1, 2, 3, 4, 5),
+    compressions=(3.0, 4.0, 8.0),
+    small_compressions=(1.5, 3.0),
     sizes=(10_000, 100_000, 1_000_000, 10_000_000),
     rounds=20,
     search_rounds=200,
@@ -95,6 +104,8 @@ CORE = dataclasses.replace(
     grid={"learning_rate": (1e-3, 3e-3), "dropout": (0.2, 0.5), "weight_decay": (0.01,)},
     both_tables=False,
     clusters=(1, 3),
+    compressions=(4.0,),
+    small_compressions=(1.5,),
 )
 TINY = Preset(
     name="tiny",
@@ -112,6 +123,7 @@ TINY = Preset(
     sharings=("none", "cross-block"),
     both_tables=True,
     clusters=(1, 2),
+    small_compressions=(1.1,),
     sizes=(300, 600),
     rounds=2,
     search_rounds=2,

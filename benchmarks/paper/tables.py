@@ -65,9 +65,10 @@ class Bench:
             return config
         return dataclasses.replace(config, input_partition=partition, output_partition=partition)
 
-    def planned(self, **options: Any) -> NextItNetConfig:
-        """The model that the planner makes of the preset's compression."""
-        compression = self.preset.compression_for(self.data.num_items)
+    def planned(self, compression: float | None = None, **options: Any) -> NextItNetConfig:
+        """The model that the planner makes of a compression, by default the preset's."""
+        if compression is None:
+            compression = self.preset.compression_for(self.data.num_items)
         return plan_model(self.model(), self.data.counts, compression, **options).config
 
     def train(self, model: NextItNetConfig, length: int, seed: int, **chosen: float) -> Trained:
@@ -219,14 +220,17 @@ def sharing_schemes(bench: Bench, add: Callable[[Row], None]) -> None:
 
 
 def clusters_and_ranks(bench: Bench, add: Callable[[Row], None]) -> None:
-    """Table 3: planned for loss alone with at most so many clusters; planned as usual; cut blindly."""
+    """Table 3: planned as usual, for other compressions, for loss alone with at most so many clusters; cut blindly."""
     group, length = f"L = {bench.preset.main_length}", bench.preset.main_length
     chosen = bench.tune(bench.planned())
     add(bench.row(group, "twin", bench.model(), length, bench.tune(bench.model()))[0])
-    for label, options in (
+    others = bench.preset.other_compressions_for(bench.data.num_items)
+    variants: list[tuple[str, dict[str, Any]]] = [
         ("planned", {}),
+        *((f"planned, {compression:g}x", {"compression": compression}) for compression in others),
         *((f"at most {count}, by loss", {"max_clusters": count, "objective": "quality"}) for count in bench.preset.clusters),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for label, options in variants:
         add(bench.row(group, label, bench.planned(**options), length, chosen, "twin")[0])
     fractions, divisor = BLIND
     ranks = [max(1, bench.preset.dim // divisor**j) for j in range(len(fractions) + 1)]
