@@ -166,12 +166,12 @@ class ChunkSearch {
     keep(states, rank, [&](int64_t t) { return tail_may_reach(level, states, t); });
     if (level.leaf_vectors == nullptr || states.count() == 0) return states;
     std::vector<char> wanted(states.rows.size());
-    const int64_t passes = (states.count() + kLeafRows - 1) / kLeafRows;
-    at::parallel_for(0, passes, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t pass = begin; pass < end; ++pass) {
-        const int64_t first = pass * kLeafRows;
-        leaves_want(level, states, first, std::min(kLeafRows, states.count() - first), wanted.data() + first);
-      }
+    // Fewer rows to a pass rather than an idle thread.
+    const int64_t threads = at::get_num_threads();
+    const int64_t together = std::clamp<int64_t>((states.count() + threads - 1) / threads, 1, kLeafRows);
+    at::parallel_for(0, (states.count() + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * together; first < std::min(end * together, states.count()); first += together)
+        leaves_want(level, states, first, std::min(together, states.count() - first), wanted.data() + first);
     });
     keep(states, rank, [&](int64_t t) { return wanted[static_cast<size_t>(t)] != 0; });
     return states;

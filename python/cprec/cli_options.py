@@ -116,7 +116,9 @@ BlockKind = Annotated[Block, typer.Option("--block", help="Kind of residual bloc
 SharingKind = Annotated[
     Sharing, typer.Option("--sharing", help="Which blocks share parameters.", rich_help_panel="Model")
 ]
-Dropout = Annotated[float, typer.Option(help="Dropout probability; sparse catalogues gain from 0.5.", rich_help_panel="Model")]
+Dropout = Annotated[
+    float, typer.Option(help="Dropout probability; sparse catalogues gain from 0.5.", rich_help_panel="Model")
+]
 Smoothing = Annotated[float, typer.Option(help="Label smoothing of the softmax, per level.", rich_help_panel="Model")]
 HeadBias = Annotated[bool, typer.Option("--head-bias", help="A bias in the head.", rich_help_panel="Model")]
 TailBias = Annotated[bool, typer.Option("--tail-bias", help="A bias in every tail.", rich_help_panel="Model")]
