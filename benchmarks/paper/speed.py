@@ -146,8 +146,8 @@ def measure_models(
         twin: the uncompressed model, which runs on torch's ops. models: ours, by label.
 
     Returns:
-        "step_ms", "topk_ms" and, where an index can be built, "index_ms": label -> median, p20 and p80; "steps" per
-        epoch; "note" on the twin's form.
+        "step_ms", "topk_ms" and, where an index can be built, "index_ms", and "search_ms" for the index without the
+        model before it: label -> median, p20 and p80; "steps" per epoch; "note" on the twin's form.
 
     Raises:
         BenchmarkError: the twin's form on torch's ops does not compute the twin's loss, or a search finds other scores.
@@ -172,22 +172,31 @@ def measure_models(
     searches: dict[str, Callable[[int], Any]] = {}
     indexed: dict[str, Callable[[int], Any]] = {}
 
+    searched: dict[str, Callable[[int], Any]] = {}
+
     def search(model: NextItNet, storage: str | None) -> Callable[[int], Any]:
         return lambda turn: model.topk(histories[turn % len(histories)][0][None], TOP, storage=storage)
+
+    def search_alone(model: NextItNet, storage: str | None) -> Callable[[int], Any]:
+        rows = histories.__getitems__(range(min(search_rounds + 1, len(histories))))[0]
+        with torch.inference_mode():
+            hidden = model(rows)[:, -1]
+        return lambda turn: model.softmax.topk(hidden[turn % len(hidden), None], TOP, storage=storage)
 
     for name, model in trained.items():
         model.eval()
         searches[name] = search(model, None)
         if name == TWIN:
-            indexed[name] = searches[name]
+            indexed[name], searched[name] = searches[name], search_alone(model, None)
         elif not missing_index():
-            indexed[name] = search(model, "float32")
+            indexed[name], searched[name] = search(model, "float32"), search_alone(model, "float32")
     with torch.inference_mode():
         _check_scores(TWIN, searches[TWIN](0)[0], twin.topk(histories[0][0][None], TOP)[0])
         for name, call in indexed.items():
             _check_scores(f"the index of {name}", call(0)[0], searches[name](0)[0])
         result: dict[str, Any] = {"topk_ms": _interleave(searches, search_rounds)}
         result["index_ms"] = _interleave(indexed, search_rounds) if len(indexed) > 1 else {}
+        result["search_ms"] = _interleave(searched, search_rounds) if len(searched) > 1 else {}
     steps: dict[str, Callable[[int], Any]] = {}
     for name, model in trained.items():
         step = make_step(model.train())

@@ -196,8 +196,9 @@ def twin_and_compressed(bench: Bench, add: Callable[[Row], None]) -> None:
         for label, row in rows.items():
             name = TWIN if label == "twin" else label
             row.figures |= {kind: times[kind][name]["median_ms"] for kind in ("step_ms", "topk_ms")}
-            if times["index_ms"]:
-                row.figures["index_ms"] = times["index_ms"][name]["median_ms"]
+            for kind in ("index_ms", "search_ms"):
+                if times[kind]:
+                    row.figures[kind] = times[kind][name]["median_ms"]
             row.figures["timed_epoch_s"] = row.figures["step_ms"] * times["steps"] / 1e3
             if (needed := _epochs_to_reach(runs["twin"], runs[label])) is not None:
                 row.figures["to_metric_s"] = needed * row.figures["timed_epoch_s"]
