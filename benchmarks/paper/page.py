@@ -174,6 +174,10 @@ def _plot_metric(axis: Any, table: Table) -> bool:
         if not by_length:
             for place, (mean, _), row in zip(places, means, members, strict=True):
                 axis.annotate(row.label, (place, mean), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    if by_length:
+        lengths = sorted({int(row.group.split()[-1]) for row in rows})
+        axis.set_xticks(lengths)
+        axis.set_xlim(0, lengths[-1] + lengths[0] if lengths else None)
     axis.set_xlabel("items that the model sees, L" if by_length else "parameters")
     axis.set_ylabel(f"test {MONITOR.upper()}")
     axis.set_ylim(bottom=0)
