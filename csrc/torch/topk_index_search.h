@@ -212,18 +212,17 @@ class ChunkSearch {
       norms[i] = static_cast<float>(norm * (1.0 + 1e-6));
       shifts[i] = static_cast<float>(std::max(0.0, norm * level.norm + level.bias_max + 40.0 - kHeadroom));
     }
-    IndexLeaves leaves{};
-    leaves.vectors = level.leaf_vectors;
-    leaves.numbers = level.leaf_numbers;
-    leaves.num_leaves = number;
-    leaves.rank = level.stored.rank;
-    leaves.rows = count;
-    leaves.z = states.row(first, level.stored.rank);
-    leaves.norm = norms.data();
-    leaves.shift = shifts.data();
-    leaves.upper = upper;
-    leaves.largest = largest.data();
-    leaves.sum = sums.data();
+    const IndexLeaves leaves{level.leaf_vectors,
+                             level.leaf_numbers,
+                             number,
+                             level.stored.rank,
+                             count,
+                             states.row(first, level.stored.rank),
+                             norms.data(),
+                             shifts.data(),
+                             upper,
+                             largest.data(),
+                             sums.data()};
     cpu_kernels().index_leaves(leaves);
     for (int64_t i = 0; i < count; ++i)
       wanted[i] = row_wants(level, states, first + i, {upper + i * stride, largest[i], shifts[i], sums[i]});
