@@ -171,7 +171,6 @@ def measure_models(
     histories = EvaluationWindows(data.evaluation("test"), length, data.num_items)
     searches: dict[str, Callable[[int], Any]] = {}
     indexed: dict[str, Callable[[int], Any]] = {}
-
     searched: dict[str, Callable[[int], Any]] = {}
 
     def search(model: NextItNet, storage: str | None) -> Callable[[int], Any]:
