@@ -44,7 +44,7 @@ class TorchSoftmax(nn.Module):
         self.chunk = chunk
 
     def forward(self, hidden: Tensor, target: Tensor) -> _Loss:
-        hidden, target = hidden.flatten(0, 1), target.flatten()
+        hidden, target = hidden.flatten(0, -2), target.flatten()
         kept = target != self.ignore_index
         hidden, target = hidden[kept], target[kept]
         loss = linear_loss if self.chunk is None else fused_loss(self.chunk)

@@ -1,0 +1,93 @@
+"""Batches without their padding: the items of all sequences one below the other, for layers that need not know places.
+
+A window of 20 places holds five items on a catalogue such as Amazon Beauty. Only the dilated taps look at other places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WORTH_IT = 0.75  # of all places: with more items than that, fetching rows costs what leaving padding out saves
+
+
+class Packing:
+    """Where the T items of a padded batch (B, L) lie.
+
+    Args:
+        is_item: (B, L) bool; its items are counted, which waits for the device.
+
+    Attributes:
+        tokens: (T,) int64, the place of every item in the flattened batch, ascending.
+    """
+
+    def __init__(self, is_item: Tensor) -> None:
+        self.shape = is_item.shape
+        flat = is_item.flatten()
+        self.tokens = flat.nonzero().squeeze(1)
+        nowhere = self.tokens.numel()
+        self._token_at = torch.where(flat, flat.cumsum(0) - 1, nowhere).view(self.shape)
+        self._found: dict[int, Tensor] = {}
+
+    @classmethod
+    def if_worth_it(cls, is_item: Tensor) -> Packing | None:
+        """None where padding is better kept: little of it, another device than the CPU, and while torch compiles, which
+        wants shapes that do not depend on values."""
+        if torch.compiler.is_compiling() or is_item.device.type != "cpu" or not is_item.numel():
+            return None
+        return cls(is_item) if int(is_item.sum()) <= WORTH_IT * is_item.numel() else None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, L, ...) -> (T, ...)."""
+        return x.flatten(0, 1).index_select(0, self.tokens)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(T, d) -> (B, L, d) with zeros at padding."""
+        return _with_nothing(x).index_select(0, self._token_at.flatten()).view(*self.shape, x.shape[1])
+
+    def last(self, x: Tensor) -> Tensor:
+        """(T, d) -> (B, d), the rows of every sequence's last place; zeros where that is padding."""
+        return _with_nothing(x).index_select(0, self._token_at[:, -1])
+
+    def before(self, lags: Sequence[int], x: Tensor) -> Tensor:
+        """(T, d) -> (T, taps d): the rows so many places earlier, side by side; zeros where no item is there."""
+        rows: Tensor = _RowsBefore.apply(x, self._shifted(lags, 1), self._shifted(lags, -1))  # type: ignore[no-untyped-call]
+        return rows
+
+    def _shifted(self, lags: Sequence[int], sign: int) -> Tensor:
+        """(taps, T): the token so many places before (``sign`` 1) or after (-1) every token, T where none is."""
+        return torch.stack([self._token(sign * lag) for lag in lags])
+
+    def _token(self, lag: int) -> Tensor:
+        """(T,): the token ``lag`` places before every token, T where none is."""
+        if lag not in self._found:
+            shifted = F.pad(self._token_at, (lag, -lag), value=self.tokens.numel())
+            self._found[lag] = shifted.flatten().index_select(0, self.tokens)
+        return self._found[lag]
+
+
+class _RowsBefore(torch.autograd.Function):
+    """No row is fetched twice by one tap, so that its gradient is fetched too instead of added up item by item."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, earlier: Tensor, later: Tensor) -> Tensor:
+        ctx.save_for_backward(later)
+        return _with_nothing(x).index_select(0, earlier.T.flatten()).view(x.shape[0], len(earlier) * x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (later,) = ctx.saved_tensors
+        taps, count = later.shape
+        wanted = later * taps + torch.arange(taps)[:, None]  # the row of a tap within that of a token
+        width = grad.shape[1] // taps
+        rows = _with_nothing(grad).view((count + 1) * taps, width).index_select(0, wanted.T.flatten())
+        return rows.view(count, taps, width).sum(1), None, None
+
+
+def _with_nothing(x: Tensor) -> Tensor:
+    """One more row, of zeros, for what is not there."""
+    return F.pad(x, (0, 0, 0, 1))
