@@ -14,4 +14,5 @@ QUICK: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train_step", "1m-d128-t512", ("cprec-avx512", "cprec-avx2", "torch-fused-adam", "torch-adam")),
     ("clustered_topk", "100k-d128-b32", ()),
     ("clustered_rank", "100k-d128-b256", ()),
+    ("residual_stack", "100k-d64-b1", ()),
 )

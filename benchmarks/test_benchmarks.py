@@ -18,8 +18,8 @@ from benchmarks.timing import torch_threads
 from benchmarks.verify import Gate
 
 SMALL = {"clustered_softmax": "5k-d64-t128", "block_embedding": "5k-d64-t1024", "train_step": "5k-d64-t128"}
-SEARCHES = ("clustered_topk", "clustered_rank")
-SMALL |= dict.fromkeys(SEARCHES, "5k-d64-b8")
+OF_ROWS = ("clustered_topk", "clustered_rank", "residual_stack")
+SMALL |= dict.fromkeys(OF_ROWS, "5k-d64-b8")
 ROUNDS, WARM_UP_ROUNDS = 5, 1
 
 
@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     parameters = []
     for name in OPS:
         op = get_op(name)
-        letter = "b" if name in SEARCHES else "t"
+        letter = "b" if name in OF_ROWS else "t"
         named = [case for case in config.getoption("--cprec-case") if f"-{letter}" in case]
         cases = op.cases if config.getoption("--cprec-all") else named or [SMALL[name]]
         for case in cases:

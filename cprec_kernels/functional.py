@@ -10,8 +10,10 @@ from .ops.clustered_softmax import (
 )
 from .ops.clustered_topk import clustered_rank, clustered_topk
 from .ops.levels import TargetTerms, clustered_target_terms
+from .ops.residual_stack import MOST_TAPS, residual_stack
 
 __all__ = [
+    "MOST_TAPS",
     "TargetTerms",
     "Weights",
     "block_embedding",
@@ -22,4 +24,5 @@ __all__ = [
     "clustered_target_log_prob",
     "clustered_target_terms",
     "clustered_topk",
+    "residual_stack",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STEMS = {"block_embedding", "clustered_softmax", "clustered_topk", "row_optimizer", "topk_index"}
+STEMS = {"block_embedding", "clustered_softmax", "clustered_topk", "residual_stack", "row_optimizer", "topk_index"}
 
 # Folder, suffix -> the stems that must have a file there today. A file there whose name is not a stem, and is not
 # listed beside it as shared by all ops, has lost its way. Kernels that come later add their stem here.
@@ -43,7 +43,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
         | {"clustered_topk_rows", "clustered_topk_scan", "clustered_topk_select"},
     ),
     ("csrc/include/cprec", ".h"): (
-        {"block_embedding", "clustered_softmax", "row_optimizer", "topk_index"},
+        {"block_embedding", "clustered_softmax", "residual_stack", "row_optimizer", "topk_index"},
         {"cpu", "dtype"},
     ),
     ("csrc/torch", ".cpp"): (
@@ -56,7 +56,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
         | {"token_groups", "topk_index_levels", "topk_index_search"},
     ),
     ("csrc/cpu", ".h"): (
-        {"block_embedding", "clustered_softmax", "row_optimizer", "topk_index"},
+        {"block_embedding", "clustered_softmax", "residual_stack", "row_optimizer", "topk_index"},
         {"block_embedding_backward", "half", "kernel_table", "math", "roofline", "softmax_block"}
         | {"softmax_narrow", "transpose_x86", "vec_scalar", "vec_avx2", "vec_avx512"},
     ),

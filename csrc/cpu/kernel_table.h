@@ -4,6 +4,7 @@
 #include "cpu/block_embedding.h"
 #include "cpu/block_embedding_backward.h"
 #include "cpu/clustered_softmax.h"
+#include "cpu/residual_stack.h"
 #include "cpu/roofline.h"
 #include "cpu/row_optimizer.h"
 #include "cpu/topk_index.h"
@@ -33,6 +34,8 @@
       cprec::CPREC_ISA::index_logits,              \
       cprec::CPREC_ISA::index_leaves,              \
       cprec::CPREC_ISA::index_at_least,            \
+      cprec::CPREC_ISA::residual_stack,            \
+      cprec::CPREC_ISA::residual_stack_workspace,  \
       cprec::CPREC_ISA::row_adamw,                 \
       cprec::CPREC_ISA::row_adagrad,               \
       cprec::CPREC_ISA::row_scale,                 \

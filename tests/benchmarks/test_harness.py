@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(not available_cpu_isas(), reason="this package w
 
 FAST = Options(min_rounds=2, budget_s=0.0, peak=False, quick_roofs=True)
 HERE = Provenance("a processor", {"torch": "2"}, "abc", "2000-01-01")
-SEARCHES = ("clustered_topk", "clustered_rank")
-TINY = {name: Case.parse("tiny-d32-b8" if name in SEARCHES else "tiny-d32-t64") for name in OPS}
+OF_ROWS = ("clustered_topk", "clustered_rank", "residual_stack")
+TINY = {name: Case.parse("tiny-d32-b8" if name in OF_ROWS else "tiny-d32-t64") for name in OPS}
 FAKE_ROOF = Roof("avx2", 1, 100.0, 200.0, 10.0, ((1 << 20, 50.0), (1 << 24, 20.0)))
 
 

@@ -7,6 +7,7 @@
 
 #include "cprec/block_embedding.h"
 #include "cprec/clustered_softmax.h"
+#include "cprec/residual_stack.h"
 #include "cprec/row_optimizer.h"
 #include "cprec/topk_index.h"
 
@@ -51,6 +52,9 @@ struct CpuKernels {
   void (*index_leaves)(const IndexLeaves& leaves);
   // Places (count,) of the values that are at least `least`, ascending; returns how many there are.
   std::int64_t (*index_at_least)(const float* values, std::int64_t count, float least, std::int32_t* places);
+  // Hidden states of the newest place of rows begin..end-1.
+  void (*residual_stack)(const ResidualStack& stack, std::int64_t begin, std::int64_t end, float* workspace);
+  std::int64_t (*residual_stack_workspace)(const ResidualStack& stack);  // floats
   // Gradients begin..end-1, or elements where no rows are named.
   void (*row_adamw)(const RowAdamWParams& params, std::int64_t begin, std::int64_t end);
   void (*row_adagrad)(const RowAdagradParams& params, std::int64_t begin, std::int64_t end);
