@@ -31,7 +31,7 @@ from benchmarks.run import WARM_UP_CALLS, Provenance
 from benchmarks.timing import order_of_round, summarise, torch_threads
 from benchmarks.verify import FULL_SIZE_TOLERANCE, describe
 from cprec_kernels import cpu_isa
-from cprec_kernels.nn import ClusteredSoftmaxWithLoss
+from cprec_kernels.nn import ClusteredSoftmaxWithLoss, TiedBlocks
 from cprec_kernels.testing import relative_error
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ EXACT_STORAGES = ("float32", "float16")
 APPROXIMATE_STORAGES = ("float16", "bfloat16", "int8")
 COUNTERS = ("levels", "leaves", "items")
 BATCH = 512  # histories at a time, for their hidden states
+Softmax = ClusteredSoftmaxWithLoss | TiedBlocks
 HOW_TO = "`cprec prepare LOG -o DATA` and `cprec train DATA -o RUN` make one; then pass --run RUN"
 
 
@@ -50,7 +51,7 @@ class TrainedModel:
     """A trained softmax and the hidden states (N, d) of test histories. name: of the data it was trained on."""
 
     name: str
-    softmax: ClusteredSoftmaxWithLoss
+    softmax: Softmax
     hidden: Tensor
 
 
@@ -143,7 +144,7 @@ def _histories(prepared: PreparedData, limit: int) -> list[int]:
 # Searches
 
 
-def make_searches(softmax: ClusteredSoftmaxWithLoss, k: int) -> list[Search]:
+def make_searches(softmax: Softmax, k: int) -> list[Search]:
     """The baseline, exact indexes with early termination on and off, approximate ones with it on."""
 
     def search_in(index: Any, early_termination: bool) -> Callable[[Tensor], Any]:
@@ -211,7 +212,7 @@ def time_by_index(searches: Sequence[Search], hidden: Tensor, rows: int, rounds:
 # Rows
 
 
-def judge(search: Search, found: dict[str, Findings], softmax: ClusteredSoftmaxWithLoss, hidden: Tensor) -> str:
+def judge(search: Search, found: dict[str, Findings], softmax: Softmax, hidden: Tensor) -> str:
     """A remark on a search's items. Raises AssertionError when they are wrong.
 
     Early termination may not change an id. The items of an exact index must have the best scores there are; which of two

@@ -43,7 +43,7 @@ from benchmarks.registry import (
     reference_backend,
 )
 from cprec_kernels import functional, use_backend
-from cprec_kernels.nn import ClusteredSoftmaxWithLoss
+from cprec_kernels.nn import ClusteredSoftmaxWithLoss, TiedBlocks
 from cprec_kernels.testing import EPS, assert_same_items, relative_error
 
 K_BEST = 10
@@ -116,7 +116,7 @@ def prepare_pq(problem: Problem) -> Prepared:
 # The packed index
 
 
-def build_index(module: ClusteredSoftmaxWithLoss, storage: str, exact: bool) -> Any:
+def build_index(module: ClusteredSoftmaxWithLoss | TiedBlocks, storage: str, exact: bool) -> Any:
     build: Any = module.build_index
     return build(storage=storage, exact=exact)
 

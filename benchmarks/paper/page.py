@@ -33,8 +33,9 @@ throughout, in ours by two kernels; "indexed" has an index for the second, and "
 EXPLANATIONS = {
     1: "The planned model beside the uncompressed twin and the popularity baseline.",
     2: "Layers of the residual blocks that share parameters; compared with no sharing on the same tables.",
-    3: "Partitions planned for the same compression and for others, with more or fewer clusters, and one cut blindly.",
-    4: "The planned partition on one table, the other or both; settings as tuned for both.",
+    3: "Partitions planned for the same compression and for others, with tails tied or apart, with more or fewer clusters, and "
+    "one cut blindly, its tails apart.",
+    4: "The partition planned for tails apart on one table, the other or both; settings as tuned for both.",
     5: "Top 10 for one hidden state over generated catalogues with random weights, which let a search leave out more than "
     "trained ones do: \"whole\" leaves nothing out.",
 }  # fmt: skip

@@ -71,7 +71,7 @@ def torch_twin(twin: NextItNet) -> NextItNet:
     embedding: Any = nn.Embedding(config.num_items + 1, config.embedding_dim, padding_idx=config.num_items)
     embedding.weight = nn.Parameter(table.clone())
     copied.embedding = embedding
-    softmax: Any = TorchSoftmax(next(iter(twin.softmax.weights)))
+    softmax: Any = TorchSoftmax(twin.softmax.packed_weights().weights[0])
     copied.softmax = softmax
     return copied
 

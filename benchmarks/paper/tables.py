@@ -65,11 +65,11 @@ class Bench:
             return config
         return dataclasses.replace(config, input_partition=partition, output_partition=partition)
 
-    def planned(self, compression: float | None = None, **options: Any) -> NextItNetConfig:
-        """The model that the planner makes of a compression, by default the preset's."""
+    def planned(self, compression: float | None = None, *, tied: bool = True, **options: Any) -> NextItNetConfig:
+        """The model that the planner makes of a compression, by default the preset's; ``tied``: as `cprec train` has it."""
         if compression is None:
             compression = self.preset.compression_for(self.data.num_items)
-        return plan_model(self.model(), self.data.counts, compression, **options).config
+        return plan_model(self.model(tie_tails=tied), self.data.counts, compression, **options).config
 
     def train(self, model: NextItNetConfig, length: int, seed: int, **chosen: float) -> Trained:
         """A training run; ``chosen`` are settings of the grid."""
@@ -133,7 +133,10 @@ class Bench:
             "epochs": float(np.mean([run.result["epochs"] for run in runs])),
         }
         inputs, outputs = model.input_partition, model.output_partition
-        row.settings = {"cutoffs": list(inputs.cutoffs), "ranks": list(inputs.ranks), **chosen}
+        row.settings = {"cutoffs": list(inputs.cutoffs), "ranks": list(inputs.ranks)}
+        if model.tie_tails:
+            row.settings["tails"] = "tied"
+        row.settings |= chosen
         if outputs != inputs:
             row.settings |= {"softmax_cutoffs": list(outputs.cutoffs), "softmax_ranks": list(outputs.ranks)}
         return row, runs
@@ -227,7 +230,9 @@ def clusters_and_ranks(bench: Bench, add: Callable[[Row], None]) -> None:
     others = bench.preset.other_compressions_for(bench.data.num_items)
     variants: list[tuple[str, dict[str, Any]]] = [
         ("planned", {}),
+        ("tails apart", {"tied": False}),
         *((f"planned, {compression:g}x", {"compression": compression}) for compression in others),
+        *((f"tails apart, {compression:g}x", {"compression": compression, "tied": False}) for compression in others),
         *((f"at most {count}, by loss", {"max_clusters": count, "objective": "quality"}) for count in bench.preset.clusters),
     ]  # fmt: skip
     for label, options in variants:
@@ -240,9 +245,9 @@ def clusters_and_ranks(bench: Bench, add: Callable[[Row], None]) -> None:
 
 
 def tables_compressed(bench: Bench, add: Callable[[Row], None]) -> None:
-    """Table 4: neither table, the embedding, the softmax, both."""
+    """Table 4: neither table, the embedding, the softmax, both; tails apart, so that one side alone can be compressed."""
     group, length = f"L = {bench.preset.main_length}", bench.preset.main_length
-    plain, planned = bench.model(), bench.planned()
+    plain, planned = bench.model(), bench.planned(tied=False)
     models = {
         "neither": plain,
         "embedding": dataclasses.replace(plain, input_partition=planned.input_partition),

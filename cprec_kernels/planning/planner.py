@@ -76,7 +76,8 @@ class Prediction:
     """What the model says of a partition used for both tables of a recommender, embedding and softmax.
 
     Attributes:
-        parameters: of a block embedding and a clustered softmax without biases. bytes: theirs, in fp32.
+        parameters: of a block embedding and a clustered softmax without biases, what they share once. bytes: theirs, in
+            fp32.
         loss: the surrogate of :mod:`cprec_kernels.planning.quality`: share of what can be known that is lost; lower is
             better. It orders partitions of the same data and is no metric.
         train_ms: of a training step, without the model between the tables. topk_ms: of a search.
@@ -184,6 +185,8 @@ class Planner:
         machine: "cpu", "gpu", or a :class:`~cprec_kernels.planning.costs.Machine`.
         tokens: predicted items per training step. rows: hidden states per search.
         quality: constants of the surrogate.
+        tie_tails: embedding and softmax share the rows of all clusters but the first, each with projections of its own
+            (:class:`cprec_kernels.nn.TiedBlocks`): a tail costs half, and has less than full rank.
 
     Raises:
         TypeError, ValueError: a value breaks one of these rules; the message names it.
@@ -201,7 +204,9 @@ class Planner:
         tokens: int = DEFAULT_TOKENS,
         rows: int = 1,
         quality: QualityModel | None = None,
+        tie_tails: bool = False,
     ) -> None:
+        self.tie_tails = tie_tails
         self.width = _whole("embedding_dim", embedding_dim, 1)
         self.tokens, self.rows = _whole("tokens", tokens, 1), _whole("rows", rows, 1)
         self.max_clusters = _whole("max_clusters", max_clusters, 1)
@@ -336,7 +341,10 @@ class Planner:
         for name, tail in tails.items():
             head = np.stack([table[name][:, 0, :] for table in heads])
             head[:, :, 0] = np.inf
-            found[name] = Edges(head, np.where(backwards, np.inf, tail))
+            tail = np.where(backwards, np.inf, tail)
+            if self.tie_tails:  # at full rank there are no projections, and one vector would have to do for both roles
+                tail[ranks == self.width] = np.inf
+            found[name] = Edges(head, tail)
         return found
 
     @functools.cached_property
@@ -356,21 +364,22 @@ class Planner:
         share = self.popularity.shares(places)
         seen = np.abs(share[None, :] - (share if is_tail else share[:1])[:, None])[None]
         losses = self.popularity.prefix(
-            self.quality.item_losses(self.popularity, ranks, self.width, is_tail), places
+            self.quality.item_losses(self.popularity, ranks, self.width, is_tail, self.tie_tails and is_tail), places
         )  # (R, m)
         entries = items + (labels or 0)
         projection = rank * self.width * (rank < self.width)
         target_tokens = self.tokens * (seen if is_tail else np.ones_like(seen))
         embedding = items * rank + projection
         softmax = entries * rank + projection
+        stored = embedding + softmax - (items * rank if self.tie_tails and is_tail else 0.0)
         shared = 2.0 * projection + (labels or 0) * rank
         train = (
             costs.softmax_step_ms(self.machine, entries, rank, target_tokens, self.width)
             + costs.embedding_step_ms(self.machine, items, rank, self.tokens * seen, self.width)
-            + costs.optimizer_ms(self.machine, embedding + softmax)
+            + costs.optimizer_ms(self.machine, stored)
         )
         return {
-            "parameters": embedding + softmax,
+            "parameters": stored,
             "loss": losses[:, None, :]
             - losses[:, : len(first), None]
             + self.quality.shared_loss(self.popularity, shared),

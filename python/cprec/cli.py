@@ -32,6 +32,7 @@ from cprec.cli_options import (
     SparseEmbedding,
     Split,
     TailBias,
+    TieTails,
     Twin,
     check_json,
     make_model_config,
@@ -181,6 +182,7 @@ def info(
     softmax_cutoffs: SoftmaxCutoffs = None,
     softmax_ranks: SoftmaxRanks = None,
     compression: Compression = None,
+    tie_tails: TieTails = None,
     twin: Twin = False,
     dilations: Dilations = "1,4",
     repeats: Repeats = 2,
@@ -208,7 +210,7 @@ def info(
             typer.echo(f"{summarise(data)}\n")
         config = make_model_config(
             data.counts, dim, cutoffs, ranks, twin, compression=compression, softmax_cutoffs=softmax_cutoffs,
-            softmax_ranks=softmax_ranks, dilations=dilations, repeats=repeats, kernel_size=kernel_size,
+            softmax_ranks=softmax_ranks, tie_tails=tie_tails, dilations=dilations, repeats=repeats, kernel_size=kernel_size,
             block=str(block), sharing=str(sharing), head_bias=head_bias, tail_bias=tail_bias,
         )  # fmt: skip
     table = parameter_table(config)
@@ -230,6 +232,7 @@ def train(
     softmax_cutoffs: SoftmaxCutoffs = None,
     softmax_ranks: SoftmaxRanks = None,
     compression: Compression = None,
+    tie_tails: TieTails = None,
     twin: Twin = False,
     dilations: Dilations = "1,4",
     repeats: Repeats = 2,
@@ -274,7 +277,7 @@ def train(
     prepared: PreparedData = PreparedData.open(data)
     model_config = make_model_config(
         prepared.counts, dim, cutoffs, ranks, twin, compression=compression, softmax_cutoffs=softmax_cutoffs,
-        softmax_ranks=softmax_ranks, dilations=dilations, repeats=repeats, kernel_size=kernel_size,
+        softmax_ranks=softmax_ranks, tie_tails=tie_tails, dilations=dilations, repeats=repeats, kernel_size=kernel_size,
         block=str(block), sharing=str(sharing), dropout=dropout, label_smoothing=label_smoothing, head_bias=head_bias,
         tail_bias=tail_bias, sparse_embedding=sparse_embedding,
     )  # fmt: skip
@@ -292,7 +295,8 @@ def train(
     )
     if compression is not None:
         partition = model_config.input_partition
-        typer.echo(f"planned: cutoffs {list(partition.cutoffs)}, ranks {list(partition.ranks)}")
+        tied = ", tails tied" if model_config.tie_tails else ""
+        typer.echo(f"planned: cutoffs {list(partition.cutoffs)}, ranks {list(partition.ranks)}{tied}")
     result = train_model(
         prepared, model_config, training_config, out, resume=resume, overwrite=overwrite, progress=not quiet
     )

@@ -106,6 +106,15 @@ Compression = Annotated[
         rich_help_panel="Model",
     ),
 ]
+TieTails = Annotated[
+    bool | None,
+    typer.Option(
+        "--tie-tails/--no-tie-tails",
+        help="Embedding and softmax share the rows of all clusters but the first: ranks cost half there. Default: yes with "
+        "--compression, unless embeddings are sparse; else no.",
+        rich_help_panel="Model",
+    ),
+]
 Twin = Annotated[
     bool, typer.Option("--twin", help="The uncompressed model: one cluster, full rank.", rich_help_panel="Model")
 ]
@@ -164,6 +173,7 @@ def make_model_config(
     compression: float | None = None,
     softmax_cutoffs: str | None = None,
     softmax_ranks: str | None = None,
+    tie_tails: bool | None = None,
     **options: Any,
 ) -> NextItNetConfig:
     """A model configuration from what was typed, for a catalogue with these training counts (K,)."""
@@ -172,6 +182,9 @@ def make_model_config(
 
     num_items = len(counts)
     options["dilations"] = tuple(whole_numbers(options["dilations"], "--dilations"))
+    if tie_tails is None:
+        tie_tails = compression is not None and not options.get("sparse_embedding")
+    options["tie_tails"] = tie_tails
     of_softmax = {"--softmax-cutoffs": softmax_cutoffs, "--softmax-ranks": softmax_ranks}
     if compression is not None:
         given = {"--cutoffs": cutoffs, "--ranks": ranks, **of_softmax, "--twin": twin or None}
@@ -185,7 +198,7 @@ def make_model_config(
     if twin:
         if conflicts := [option for option, value in of_softmax.items() if value is not None]:
             raise ValueError(f"--twin has one cluster in both tables: leave out {' and '.join(conflicts)}")
-        cutoffs, ranks = "none", None
+        cutoffs, ranks, options["tie_tails"] = "none", None, False
     cutoffs = DEFAULT_CUTOFFS if cutoffs is None else cutoffs
     cuts, columns = _clusters(cutoffs, ranks, dim, "")
     if softmax_cutoffs is not None or softmax_ranks is not None:

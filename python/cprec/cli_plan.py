@@ -48,6 +48,9 @@ def plan(
     kernel_size: KernelSize = 3,
     block: BlockKind = Block.residual,
     sharing: SharingKind = Sharing.none,
+    tie_tails: Annotated[
+        bool, typer.Option(help="Embedding and softmax share the rows of all clusters but the first.")
+    ] = True,
     plot: Annotated[Path | None, typer.Option(help="Also draw the curves into this PNG file.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -79,7 +82,7 @@ def plan(
     prepared = PreparedData.open(data)
     model = NextItNetConfig.from_plan(
         prepared.num_items, dim, dilations=tuple(whole_numbers(dilations, "--dilations")), repeats=repeats,
-        kernel_size=kernel_size, block=str(block), sharing=str(sharing),
+        kernel_size=kernel_size, block=str(block), sharing=str(sharing), tie_tails=tie_tails,
     )  # fmt: skip
     plans = plan_frontier(
         model, prepared.counts, wanted, max_clusters=max_clusters, objective=str(objective), machine=str(machine),

@@ -62,7 +62,7 @@ def plan_model(
         ValueError: counts are for another catalogue, or ``compression`` is not a finite number above 0, or more than the
             model allows; the message has the largest that it does.
     """
-    planner = planner or Planner(counts, model.embedding_dim, **options)
+    planner = planner or Planner(counts, model.embedding_dim, tie_tails=model.tie_tails, **options)
     if planner.num_items != model.num_items:
         raise ValueError(f"there are counts of {planner.num_items:,} items, the model has {model.num_items:,}")
     if not 0 < compression < float("inf"):
@@ -100,7 +100,7 @@ def plan_frontier(
     Raises:
         ValueError: as :func:`plan_model`, and when nothing fits any of them.
     """
-    planner = Planner(counts, model.embedding_dim, **options)
+    planner = Planner(counts, model.embedding_dim, tie_tails=model.tie_tails, **options)
     plans: list[ModelPlan] = []
     for compression in sorted(set(compressions)):
         try:

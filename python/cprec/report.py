@@ -210,7 +210,9 @@ def _softmax_rows(config: NextItNetConfig) -> list[ParameterRow]:
     for j in range(1, partition.num_clusters):
         rank = partition.ranks[j]
         detail = f"{_items(partition, j)}, rank {rank}"
-        rows.append(ParameterRow("softmax", f"tail {j}", detail, partition.sizes[j] * rank))
+        if config.tie_tails:
+            detail += ", those of the embedding"
+        rows.append(ParameterRow("softmax", f"tail {j}", detail, 0 if config.tie_tails else partition.sizes[j] * rank))
     rows += _projections(partition, "softmax")
     if config.head_bias:
         rows.append(ParameterRow("softmax", "head bias", "", partition.head_size))

@@ -68,6 +68,17 @@ def test_round_trip(tmp_path, block, sharing):
     loaded.train().loss(items).backward()
 
 
+def test_round_trip_of_tied_tails(tmp_path):
+    model = make(tie_tails=True)
+    loaded = load(save(tmp_path / "model", model))
+    tensors, _ = read_tensors(tmp_path / "model" / "weights.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == model.config.num_parameters
+    assert loaded.embedding is loaded.softmax.embedding
+    items = torch.randint(60, (3, 5))
+    assert torch.equal(loaded(items), model.eval()(items))
+    assert torch.equal(loaded.topk(items, 5)[0], model.topk(items, 5)[0])
+
+
 def test_what_was_saved_reads_the_same_both_ways(saved, reader):
     tensors, metadata = read_tensors(saved / "weights.safetensors")
     assert list(metadata) == [checkpoint.FINGERPRINT_KEY]

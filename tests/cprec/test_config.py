@@ -42,6 +42,9 @@ def test_defaults_and_derived_values():
         ({"dropout": "0.1"}, TypeError, "dropout must be a number"),
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing = -0.1"),
         ({"head_bias": 1}, TypeError, "head_bias must be true or false, got 1"),
+        ({"tie_tails": "yes"}, TypeError, "tie_tails must be true or false, got 'yes'"),
+        ({"tie_tails": True, "output_ranks": [16, 8, 4]}, ValueError, "one partition for embedding and softmax"),
+        ({"tie_tails": True, "sparse_embedding": True}, ValueError, "turn off sparse_embedding"),
         ({"colour": 1}, ValueError, "unknown keys in options: colour"),
     ],
 )
@@ -126,6 +129,15 @@ def test_from_dict_names_what_is_wrong(change, error, words):
 def test_from_dict_rejects_a_non_mapping():
     with pytest.raises(TypeError, match="must be a mapping, got list"):
         NextItNetConfig.from_dict([])  # type: ignore[arg-type]
+
+
+def test_tied_tails_are_counted_once_and_named_only_where_they_are():
+    tied, apart = small(tie_tails=True, head_bias=True), small(head_bias=True)
+    assert tied.shared_parameters == 20 * 4 + 70 * 2
+    assert tied.num_parameters == apart.num_parameters - tied.shared_parameters
+    assert tied.twin() == apart.twin()
+    assert NextItNetConfig.from_dict(json.loads(json.dumps(tied.to_dict()))) == tied
+    assert "tie_tails" not in apart.to_dict()
 
 
 def test_twin_differs_in_the_partitions_only():

@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import pytest
@@ -241,6 +242,34 @@ def test_compiles_to_one_graph(block):
     ):
         torch.testing.assert_close(ours, theirs)
     assert torch.equal(topk(windows, 4)[1], model.topk(windows, 4)[1])
+
+
+def test_tied_tails_are_one_parameter_and_otherwise_a_softmax_of_its_own():
+    tied, apart = make(tie_tails=True, head_bias=True), make(head_bias=True)
+    assert sum(parameter.numel() for parameter in tied.parameters()) == tied.config.num_parameters
+    assert tied.embedding is tied.softmax.embedding
+    with torch.no_grad():
+        for mine, theirs in zip(apart.embedding.parameters(), tied.embedding.parameters(), strict=True):
+            mine.copy_(theirs)
+        weights = tied.softmax.packed_weights()
+        for mine, theirs in zip(apart.softmax.weights, weights.weights, strict=True):
+            mine.copy_(theirs)
+        for mine, theirs in zip(apart.softmax.projections, weights.projections, strict=True):
+            mine.copy_(theirs)
+        apart.softmax.head_bias.copy_(tied.softmax.head_bias)
+        apart.backbone.load_state_dict(tied.backbone.state_dict())
+    windows = ids(6, 9)
+    windows[0, :4] = K
+    losses = [model.loss(windows) for model in (tied, apart)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    own = apart.embedding.embeddings[1].grad + apart.softmax.weights[1].grad
+    torch.testing.assert_close(tied.embedding.embeddings[1].grad, own)
+    torch.testing.assert_close(tied.topk(windows, 5), apart.topk(windows, 5))
+    copied = copy.deepcopy(tied)
+    assert copied.embedding is copied.softmax.embedding
+    assert copied.embedding is not tied.embedding
 
 
 def test_sparse_embedding_gives_sparse_gradients():

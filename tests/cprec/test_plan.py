@@ -22,7 +22,8 @@ def model(**options) -> NextItNetConfig:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"head_bias": True}, {"head_bias": True, "tail_bias": True}, {"dilations": (1, 2)}]
+    "options",
+    [{}, {"head_bias": True}, {"head_bias": True, "tail_bias": True}, {"dilations": (1, 2)}, {"tie_tails": True}],
 )
 @pytest.mark.parametrize("compression", [1.0, 2.0, 3.3])
 def test_the_whole_model_is_as_small_as_asked(options, compression):
@@ -31,7 +32,7 @@ def test_the_whole_model_is_as_small_as_asked(options, compression):
     assert count == found.config.num_parameters
     assert found.compression >= compression
     assert found.config.input_partition == found.config.output_partition == found.tables.partition
-    assert found.config.twin() == model(**options)
+    assert found.config.twin() == model(**options | {"tie_tails": False})
 
 
 def test_a_model_that_cannot_be_so_small_says_how_small_it_can_be():
@@ -177,6 +178,23 @@ def test_without_a_choice_the_cutoffs_are_the_usual_ones():
     config = make_model_config(COUNTS, 32, None, None, False, **options)
     assert config.input_partition.cutoffs == (100, 400)
     assert make_model_config(COUNTS, 32, None, None, True, **options).input_partition.num_clusters == 1
+
+
+def test_tails_are_tied_where_a_plan_is_asked_for_unless_something_speaks_against_it():
+    options = {"dilations": "1", "repeats": 1}
+    planned = make_model_config(COUNTS, 32, None, None, False, compression=2, **options)
+    assert planned.tie_tails
+    apart = make_model_config(COUNTS, 32, None, None, False, compression=2, tie_tails=False, **options)
+    assert not apart.tie_tails
+    assert planned.output_partition != apart.output_partition
+    assert not make_model_config(
+        COUNTS, 32, None, None, False, compression=2, sparse_embedding=True, **options
+    ).tie_tails
+    assert not make_model_config(COUNTS, 32, None, None, True, tie_tails=True, **options).tie_tails
+    assert not make_model_config(COUNTS, 32, "100", "32,8", False, **options).tie_tails
+    assert make_model_config(COUNTS, 32, "100", "32,8", False, tie_tails=True, **options).tie_tails
+    with pytest.raises(ValueError, match="one partition for embedding and softmax"):
+        make_model_config(COUNTS, 32, "100", "32,8", False, softmax_cutoffs="200,900", tie_tails=True, **options)
 
 
 def test_the_softmax_may_have_clusters_of_its_own():

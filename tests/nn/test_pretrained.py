@@ -32,6 +32,7 @@ MODULES = {
     "half": lambda: ClusteredSoftmaxWithLoss(16, PARTITION, dtype=torch.bfloat16),
     "tied": lambda: TiedBlocks(PARTITION, padding=True, head_bias=True),
     "loosely tied": lambda: TiedBlocks(PARTITION, tie_projections=False, tail_bias=True),
+    "tied tails": lambda: TiedBlocks(PARTITION, padding=True, tie_projections=False, tie_head=False),
 }
 
 

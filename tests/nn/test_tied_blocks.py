@@ -28,12 +28,18 @@ def test_an_items_logit_is_its_embedding_times_the_input(case):
         torch.testing.assert_close(difference, difference[:, :1].expand_as(difference))
 
 
+@pytest.mark.parametrize("tie_head", [True, False])
 @pytest.mark.parametrize("tie_projections", [True, False])
 @pytest.mark.parametrize("padding", [True, False])
-def test_gradients_are_the_sum_of_both_uses(case, tie_projections, padding):
+def test_gradients_are_the_sum_of_both_uses(case, tie_head, tie_projections, padding):
     partition = case.partition
     options = {"padding": padding, "tie_projections": tie_projections, "head_bias": True, "tail_bias": True}
-    blocks = TiedBlocks(partition, **options)
+    blocks = TiedBlocks(partition, tie_head=tie_head, **options)
+    with torch.no_grad():  # large weights: a tail of one item has no gradient from the softmax but rounding
+        for parameter in blocks.parameters():
+            parameter.normal_(std=0.5)
+        if padding:
+            blocks.embedding.embeddings[-1][-1].zero_()
     ids, target = make_ids(partition), make_targets(partition)
     if padding:
         ids[0, :3] = partition.num_items
@@ -45,7 +51,10 @@ def test_gradients_are_the_sum_of_both_uses(case, tie_projections, padding):
         if padding:
             hidden = hidden * (ids != partition.num_items)[..., None]
         items = [*tables[:-1], tables[-1][: partition.sizes[-1]]]
-        items[0] = items[0] if module.parents is None else torch.cat([items[0], module.parents])
+        if module.head is not None:
+            items[0] = module.head
+        elif module.parents is not None:
+            items[0] = torch.cat([items[0], module.parents])
         q = projections if tie_projections else list(module.projections)
         weights = Weights(items, q, module.head_bias, list(module.tail_biases))
         log_prob, *_ = softmax_ref.clustered_softmax(hidden.flatten(0, 1), target.flatten(), *weights, -100)
@@ -89,8 +98,32 @@ def test_it_has_the_parameters_of_one_table_and_a_state_dict_without_doubles():
     assert torch.equal(other.log_prob(hidden), blocks.log_prob(hidden))
 
 
-def test_everything_a_softmax_does_is_there():
-    blocks = TiedBlocks(PARTITION, padding=True, head_bias=True)
+def test_without_a_tied_head_the_tails_alone_are_shared():
+    blocks = TiedBlocks(PARTITION, padding=True, tie_projections=False, tie_head=False)
+    apart = BlockEmbedding(PARTITION.with_padding()), ClusteredSoftmaxWithLoss(32, PARTITION)
+    count = sum(parameter.numel() for module in apart for parameter in module.parameters())
+    shared = 70 * 8 + 110 * 4
+    assert sum(parameter.numel() for parameter in blocks.parameters()) == count - shared
+    assert blocks.parents is None
+    assert not blocks.tie_head
+    weights = blocks.packed_weights().weights
+    assert weights[0] is blocks.head
+    assert weights[1] is blocks.embedding.embeddings[1]
+    assert weights[2].data_ptr() == blocks.embedding.embeddings[2].data_ptr()
+    assert weights[2].shape == (110, 4)
+    # every level starts with logits of standard deviation 0.1
+    hidden = torch.randn(4000, 32)
+    q = blocks.packed_weights().projections
+    for weight, z in zip(weights, (hidden, hidden @ q[0].T, hidden @ q[1].T), strict=True):
+        assert 0.05 < float((z @ weight.T).detach().std()) < 0.2
+    assert "tie_head=False" in repr(blocks)
+    alone = TiedBlocks(Partition.single(50, 8), tie_head=False)
+    assert alone.head.shape == (50, 8)
+
+
+@pytest.mark.parametrize("tie_head", [True, False])
+def test_everything_a_softmax_does_is_there(tie_head):
+    blocks = TiedBlocks(PARTITION, padding=True, tie_head=tie_head, head_bias=True)
     hidden, target = torch.randn(6, 32), torch.tensor([0, 19, 20, 89, 90, 199])
     scores, items = blocks.topk(hidden, 5)
     assert torch.equal(blocks.predict(hidden), items[:, 0])

@@ -31,6 +31,9 @@ class NextItNetConfig:
         dropout: probability of dropping an embedding value or a value that a block adds; 0 as published.
         head_bias, tail_bias, label_smoothing: of the clustered softmax.
         sparse_embedding: row-sparse gradients for the embedding tables.
+        tie_tails: embedding and softmax, of one partition then, share the rows of all clusters but the first, each with
+            projections of its own (:class:`cprec_kernels.nn.TiedBlocks`). A tail of the same rank then costs half, and a
+            rare item learns from both of its roles.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -51,6 +54,7 @@ class NextItNetConfig:
     tail_bias: bool = False
     label_smoothing: float = 0.0
     sparse_embedding: bool = False
+    tie_tails: bool = False
 
     def __post_init__(self) -> None:
         dilations: object = self.dilations
@@ -78,9 +82,15 @@ class NextItNetConfig:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} = {value} is outside [0, 1)")
-        for name in ("head_bias", "tail_bias", "sparse_embedding"):
+        for name in ("head_bias", "tail_bias", "sparse_embedding", "tie_tails"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.tie_tails and self.input_partition != self.output_partition:
+            raise ValueError("tie_tails needs one partition for embedding and softmax, but theirs differ")
+        if self.tie_tails and self.sparse_embedding:
+            raise ValueError(
+                "tie_tails gives the tables dense gradients, since the softmax reads every row: turn off sparse_embedding"
+            )
 
     def _check_partition(self, name: str) -> None:
         partition = getattr(self, name)
@@ -119,8 +129,16 @@ class NextItNetConfig:
 
     @property
     def softmax_parameters(self) -> int:
-        """Parameters of the clustered softmax, biases included."""
-        return self.output_partition.softmax_parameters(self.head_bias, self.tail_bias)
+        """Parameters of the clustered softmax, biases included; without the rows that it shares with the embedding."""
+        own = self.output_partition.softmax_parameters(self.head_bias, self.tail_bias)
+        return own - self.shared_parameters
+
+    @property
+    def shared_parameters(self) -> int:
+        """Parameters of tails that embedding and softmax share."""
+        partition = self.output_partition
+        tails = zip(partition.sizes[1:], partition.ranks[1:], strict=True)
+        return sum(size * rank for size, rank in tails) if self.tie_tails else 0
 
     @property
     def num_parameters(self) -> int:
@@ -130,7 +148,7 @@ class NextItNetConfig:
     def twin(self) -> NextItNetConfig:
         """The same model with a plain embedding table and a plain softmax: one full-rank cluster on both sides."""
         single = Partition.single(self.num_items, self.embedding_dim)
-        return dataclasses.replace(self, input_partition=single, output_partition=single)
+        return dataclasses.replace(self, input_partition=single, output_partition=single, tie_tails=False)
 
     @classmethod
     def from_plan(
@@ -185,6 +203,8 @@ class NextItNetConfig:
         values["dilations"] = list(self.dilations)
         values["input_partition"] = self.input_partition.to_dict()
         values["output_partition"] = self.output_partition.to_dict()
+        if not self.tie_tails:  # so that a model without it is described as it always was
+            del values["tie_tails"]
         return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod

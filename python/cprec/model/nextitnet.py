@@ -17,7 +17,7 @@ from cprec.model.config import NextItNetConfig
 from cprec.model.packing import Packing
 from cprec.model.sharing import parameter_sets
 from cprec_kernels.functional import MOST_TAPS, residual_stack
-from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss
+from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss, TiedBlocks
 
 WEIGHT_STD = 0.02  # of the truncated normal that the authors' code draws convolution weights from
 NORM_EPS = 1e-8  # as in the authors' code
@@ -179,9 +179,11 @@ class NextItNet(nn.Module):
         config: see :class:`cprec.model.NextItNetConfig`.
 
     Attributes:
-        embedding: :class:`cprec_kernels.nn.BlockEmbedding` over ``num_items + 1`` ids, the last one padding.
+        embedding: :class:`cprec_kernels.nn.BlockEmbedding` over ``num_items + 1`` ids, the last one padding; with
+            ``config.tie_tails`` that of the softmax.
         backbone: :class:`ResidualStack`.
-        softmax: :class:`cprec_kernels.nn.ClusteredSoftmaxWithLoss` over ``num_items`` items.
+        softmax: :class:`cprec_kernels.nn.ClusteredSoftmaxWithLoss` over ``num_items`` items; with ``config.tie_tails`` a
+            :class:`cprec_kernels.nn.TiedBlocks`.
 
     Every method raises TypeError for ids that are not int64 and ValueError for shapes other than the documented ones.
 
@@ -194,17 +196,26 @@ class NextItNet(nn.Module):
     def __init__(self, config: NextItNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = BlockEmbedding(
-            config.input_partition.with_padding(), padding_idx=config.num_items, sparse=config.sparse_embedding
-        )
+        options: dict[str, Any] = {
+            "head_bias": config.head_bias,
+            "tail_bias": config.tail_bias,
+            "label_smoothing": config.label_smoothing,
+        }
+        self.embedding: BlockEmbedding
+        self.softmax: ClusteredSoftmaxWithLoss | TiedBlocks
+        if not config.tie_tails:
+            self.embedding = BlockEmbedding(
+                config.input_partition.with_padding(), padding_idx=config.num_items, sparse=config.sparse_embedding
+            )
         self.backbone = ResidualStack(config)
-        self.softmax = ClusteredSoftmaxWithLoss(
-            config.embedding_dim,
-            config.output_partition,
-            head_bias=config.head_bias,
-            tail_bias=config.tail_bias,
-            label_smoothing=config.label_smoothing,
-        )
+        if config.tie_tails:
+            self.softmax = TiedBlocks(
+                config.output_partition, padding=True, tie_projections=False, tie_head=False, **options
+            )
+            # A part of the softmax, and a module of this model there alone: its parameters are saved and counted once.
+            self.__dict__["embedding"] = self.softmax.embedding
+        else:
+            self.softmax = ClusteredSoftmaxWithLoss(config.embedding_dim, config.output_partition, **options)
 
     @property
     def padding_id(self) -> int:
