@@ -177,6 +177,17 @@ class TopKIndex:
                 "the module's parameters have changed since this index was built: build it again "
                 "(module.build_index(...)), or search with module.topk(..., storage=...), which rebuilds by itself"
             )
+        return self.topk_unguarded(input, k, exclude, candidates, early_termination)
+
+    def topk_unguarded(
+        self,
+        input: Tensor,
+        k: int,
+        exclude: Exclude | None = None,
+        candidates: Tensor | None = None,
+        early_termination: bool = True,
+    ) -> TopKResult:
+        """:meth:`topk` for those who have just looked whether the index is stale."""
         return TopKResult(
             *self._search(input, k, exclude=exclude, candidates=candidates, early_termination=early_termination)
         )
