@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -223,7 +223,8 @@ def _check_values(input: Tensor, k: int, *args: Any) -> None:
     check_choice_values(input, sum(sizes), exclude, exclude_offsets, candidates)
 
 
-_backend.register(TOPK_INDEX, _backend.native(TOPK_INDEX, "cpu", NATIVE_DTYPES), _backend.reference(ref.topk_index))
+_NATIVE = _backend.native(TOPK_INDEX, "cpu", NATIVE_DTYPES)
+_backend.register(TOPK_INDEX, _NATIVE, _backend.reference(ref.topk_index))
 implement(TOPK_INDEX, _check, _check_values, anchor=0)
 
 # Fake
@@ -300,6 +301,10 @@ class CheckedIndex:
         self.arrays = arrays
         self._args = arrays.args()
         self._width, self._num_items = arrays.width, arrays.num_items
+        self._native: Callable[..., tuple[Tensor, ...]] | None = None
+        if arrays.bounds.device.type == "cpu" and not _NATIVE.available():
+            # The kernel's own form of the arrays, which searches share: it also checks them, and keeps them alive.
+            self._native = torch.classes.cprec_native.PackedIndex(*self._args, self._width).search
 
     def __call__(
         self,
@@ -324,7 +329,10 @@ class CheckedIndex:
         check_choice_values(rows, self._num_items, excluded, offsets, candidates)
         search = _backend.dispatch(TOPK_INDEX, rows)
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-            found = search(rows, k, *self._args, excluded, offsets, candidates, early_termination)
+            if search is _NATIVE.call and self._native is not None:
+                found = self._native(rows, k, excluded, offsets, candidates, early_termination)
+            else:
+                found = search(rows, k, *self._args, excluded, offsets, candidates, early_termination)
         return _with_leading(found, input)
 
 

@@ -1,7 +1,11 @@
 // torch's door to search through packed weights on the CPU.
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <array>
 #include <optional>
+#include <tuple>
+#include <vector>
 
 #include "torch/topk_index_search.h"
 
@@ -37,18 +41,41 @@ Candidates find_candidates(const std::vector<Level>& levels, const Tensor& liste
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> topk_index_cpu(const Tensor& input, int64_t k, at::IntArrayRef sizes,
-                                                  at::TensorList groups, at::TensorList scales, at::TensorList exact,
-                                                  at::TensorList biases, at::TensorList projections, at::TensorList ids,
-                                                  at::TensorList leaves, at::TensorList leaf_stats,
-                                                  const Tensor& bounds, const Tensor& parents,
-                                                  const Tensor& parent_bias, const std::optional<Tensor>& exclude,
-                                                  const std::optional<Tensor>& exclude_offsets,
-                                                  const std::optional<Tensor>& candidates, bool early_termination) {
-  TORCH_CHECK_VALUE(input.dim() == 2, "input must be (T, d)");
-  const std::vector<Level> levels = make_levels({sizes, groups, scales, exact, biases, projections, ids, leaves,
-                                                 leaf_stats, bounds, parents, parent_bias, input.size(1)});
-  const int64_t num_items = levels.back().first_item + levels.back().items();
+// The arrays of an index, checked and described; they must outlive it.
+class Packed {
+ public:
+  explicit Packed(const Arrays& arrays) : levels(make_levels(arrays)) {
+    num_items = levels.back().first_item + levels.back().items();
+    // The parent labels as a level of their own: one group in fp32.
+    const int64_t tails = static_cast<int64_t>(levels.size()) - 1, rank = levels[0].stored.rank;
+    labels_.resize(static_cast<size_t>(rank * kIndexGroup), 0.0f);
+    for (int64_t j = 0; j < tails; ++j) {
+      for (int64_t c = 0; c < rank; ++c)
+        labels_[static_cast<size_t>(c * kIndexGroup + j)] = arrays.parents.const_data_ptr<float>()[j * rank + c];
+      if (arrays.parent_bias.numel() > 0)
+        biases_[static_cast<size_t>(j)] = arrays.parent_bias.const_data_ptr<float>()[j];
+    }
+    parents.stored = {labels_.data(), IndexStorage::kFloat32, nullptr, biases_.data(), tails, rank, index_block(rank)};
+  }
+  Packed(const Packed&) = delete;
+  Packed& operator=(const Packed&) = delete;
+
+  std::vector<Level> levels;
+  Level parents;
+  int64_t num_items = 0;
+
+ private:
+  std::vector<float> labels_;
+  std::array<float, kIndexGroup> biases_{};
+};
+
+using Found = std::tuple<Tensor, Tensor, Tensor>;  // scores, items, counters
+
+Found search_packed(const Packed& packed, const Tensor& input, int64_t k, const std::optional<Tensor>& exclude,
+                    const std::optional<Tensor>& exclude_offsets, const std::optional<Tensor>& candidates,
+                    bool early_termination) {
+  const std::vector<Level>& levels = packed.levels;
+  const int64_t num_items = packed.num_items;
   TORCH_CHECK_VALUE(k >= 0 && k <= num_items, "k = ", k, " is outside 0..", num_items);
   const Tensor scores = at::empty({input.size(0), k}, input.options().dtype(at::kFloat));
   const Tensor items = at::empty({input.size(0), k}, input.options().dtype(at::kLong));
@@ -63,24 +90,13 @@ std::tuple<Tensor, Tensor, Tensor> topk_index_cpu(const Tensor& input, int64_t k
   check_exclusions(options.exclude, options.exclude_offsets, input.size(0));
   if (candidates.has_value()) options.candidates = find_candidates(levels, *candidates, num_items);
 
-  // The parent labels as a level of their own: one group in fp32.
-  Level parent_labels;
-  const int64_t tails = static_cast<int64_t>(levels.size()) - 1, rank = levels[0].stored.rank;
-  std::vector<float> packed(static_cast<size_t>(rank * kIndexGroup), 0.0f), bias(kIndexGroup, 0.0f);
-  for (int64_t j = 0; j < tails; ++j) {
-    for (int64_t c = 0; c < rank; ++c)
-      packed[static_cast<size_t>(c * kIndexGroup + j)] = parents.const_data_ptr<float>()[j * rank + c];
-    if (parent_bias.numel() > 0) bias[static_cast<size_t>(j)] = parent_bias.const_data_ptr<float>()[j];
-  }
-  parent_labels.stored = {packed.data(), IndexStorage::kFloat32, nullptr, bias.data(), tails, rank, index_block(rank)};
-
   const Tensor hidden = input.to(at::kFloat).contiguous();
   int64_t blocks = 0;
   for (const Level& level : levels) blocks += level.blocks();
   const int64_t most = std::clamp<int64_t>(kMaxMaxima / blocks, 1, kMaxRows);
   const auto search_rows = [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += most) {
-      ChunkSearch search(levels, parent_labels, options, hidden.const_data_ptr<float>() + first * input.size(1),
+      ChunkSearch search(levels, packed.parents, options, hidden.const_data_ptr<float>() + first * input.size(1),
                          input.size(1), first, std::min(most, end - first));
       search.run();
       search.write(scores.mutable_data_ptr<float>() + first * k, items.mutable_data_ptr<int64_t>() + first * k,
@@ -99,6 +115,45 @@ std::tuple<Tensor, Tensor, Tensor> topk_index_cpu(const Tensor& input, int64_t k
   return {scores, items, counters};
 }
 
+Found topk_index_cpu(const Tensor& input, int64_t k, at::IntArrayRef sizes, at::TensorList groups,
+                     at::TensorList scales, at::TensorList exact, at::TensorList biases, at::TensorList projections,
+                     at::TensorList ids, at::TensorList leaves, at::TensorList leaf_stats, const Tensor& bounds,
+                     const Tensor& parents, const Tensor& parent_bias, const std::optional<Tensor>& exclude,
+                     const std::optional<Tensor>& exclude_offsets, const std::optional<Tensor>& candidates,
+                     bool early_termination) {
+  TORCH_CHECK_VALUE(input.dim() == 2, "input must be (T, d)");
+  const Packed packed({sizes, groups, scales, exact, biases, projections, ids, leaves, leaf_stats, bounds, parents,
+                       parent_bias, input.size(1)});
+  return search_packed(packed, input, k, exclude, exclude_offsets, candidates, early_termination);
+}
+
+// The same arrays once for many searches: to hand over and check forty tensors takes a quarter of a search for one row.
+class PackedIndex : public torch::CustomClassHolder {
+ public:
+  using Tensors = std::vector<Tensor>;
+
+  PackedIndex(std::vector<int64_t> sizes, Tensors groups, Tensors scales, Tensors exact, Tensors biases,
+              Tensors projections, Tensors ids, Tensors leaves, Tensors leaf_stats, const Tensor& bounds,
+              const Tensor& parents, const Tensor& parent_bias, int64_t width)
+      : width_(width),
+        keep_{groups, scales, exact, biases, projections, ids, leaves, leaf_stats},
+        packed_({sizes, groups, scales, exact, biases, projections, ids, leaves, leaf_stats, bounds, parents,
+                 parent_bias, width}) {}
+
+  Found search(const Tensor& input, int64_t k, const std::optional<Tensor>& exclude,
+               const std::optional<Tensor>& exclude_offsets, const std::optional<Tensor>& candidates,
+               bool early_termination) const {
+    TORCH_CHECK_VALUE(input.dim() == 2 && input.size(1) == width_, "input must be (T, ", width_, "), got ",
+                      input.sizes());
+    return search_packed(packed_, input, k, exclude, exclude_offsets, candidates, early_termination);
+  }
+
+ private:
+  const int64_t width_;
+  const std::array<Tensors, 8> keep_;
+  const Packed packed_;
+};
+
 // A copy in pages of the pool: large ones where the system grants them, so that a scan waits less for translations.
 Tensor in_large_pages_cpu(const Tensor& tensor) {
   const Tensor out = pooled_empty(tensor.sizes(), tensor.options());
@@ -115,6 +170,16 @@ TORCH_LIBRARY_FRAGMENT(cprec_native, m) {
       " Tensor parent_bias, Tensor? exclude, Tensor? exclude_offsets, Tensor? candidates, bool early_termination)"
       " -> (Tensor, Tensor, Tensor)");
   m.def("in_large_pages(Tensor tensor) -> Tensor");
+  using cprec::index::PackedIndex;
+  using Tensors = PackedIndex::Tensors;
+  m.class_<PackedIndex>("PackedIndex")
+      .def(torch::init<std::vector<int64_t>, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors,
+                       const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t>())
+      .def("search", [](const c10::intrusive_ptr<PackedIndex>& self, const at::Tensor& input, int64_t k,
+                        const std::optional<at::Tensor>& exclude, const std::optional<at::Tensor>& exclude_offsets,
+                        const std::optional<at::Tensor>& candidates, bool early_termination) {
+        return self->search(input, k, exclude, exclude_offsets, candidates, early_termination);
+      });
 }
 
 TORCH_LIBRARY_IMPL(cprec_native, CPU, m) {
