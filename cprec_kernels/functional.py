@@ -10,10 +10,9 @@ from .ops.clustered_softmax import (
 )
 from .ops.clustered_topk import clustered_rank, clustered_topk
 from .ops.levels import TargetTerms, clustered_target_terms
-from .ops.residual_stack import MOST_TAPS, residual_stack
+from .ops.residual_stack import residual_stack
 
 __all__ = [
-    "MOST_TAPS",
     "TargetTerms",
     "Weights",
     "block_embedding",

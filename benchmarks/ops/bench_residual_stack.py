@@ -64,12 +64,12 @@ class Problem:
 
     @functools.cached_property
     def layers(self) -> dict[str, Any]:
-        """What the op takes beside the embedding; weights lie in memory as the kernel reads them."""
+        """What the op takes beside the embedding."""
         width = self.setting.case.width
         layers = range(len(DILATIONS))
         scale = (TAPS * width) ** -0.5
         return {
-            "weights": [normal((TAPS, width, width), scale, 30 + i).permute(2, 1, 0) for i in layers],
+            "weights": [normal((width, width, TAPS), scale, 30 + i) for i in layers],
             "biases": [normal((width,), 0.1, 50 + i) for i in layers],
             "norm_weights": [1 + normal((width,), 0.1, 70 + i) for i in layers],
             "norm_biases": [normal((width,), 0.1, 90 + i) for i in layers],
@@ -111,13 +111,12 @@ def prepare_ours(problem: Problem) -> Prepared:
 def eager(problem: Problem, convolve: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Callable[[], Tensor]:
     """All places of all layers by torch's own ops; ``convolve(x, weight, bias, dilation)`` is the causal convolution."""
     layers, table, width = problem.layers, problem.dense, problem.setting.case.width
-    weights = [weight.contiguous() for weight in layers["weights"]]
 
     def states() -> Tensor:
         mask = (problem.ids != problem.padding_id).unsqueeze(-1).to(table.dtype)
         x = inner = F.embedding(problem.ids, table) * mask
         for i, dilation in enumerate(DILATIONS):
-            out = convolve(inner, weights[i], layers["biases"][i], dilation)
+            out = convolve(inner, layers["weights"][i], layers["biases"][i], dilation)
             inner = F.relu(F.layer_norm(out, (width,), layers["norm_weights"][i], layers["norm_biases"][i], EPS)) * mask
             if i % 2 == 1:
                 x = inner = x + inner

@@ -151,7 +151,7 @@ class ClusteredSoftmaxBase(Pretrained, nn.Module):
         parameters themselves.
         """
         if storage is not None:
-            return self._index(storage).topk_unguarded(input, k, exclude, candidates)
+            return self._index(storage)._topk(input, k, exclude, candidates)
         return F.clustered_topk(input, k, self.packed_weights(), exclude=exclude, candidates=candidates)
 
     def build_index(self, storage: str = "float32", exact: bool = True, blocks: str | None = "kd") -> TopKIndex:

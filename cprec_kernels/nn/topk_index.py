@@ -177,9 +177,9 @@ class TopKIndex:
                 "the module's parameters have changed since this index was built: build it again "
                 "(module.build_index(...)), or search with module.topk(..., storage=...), which rebuilds by itself"
             )
-        return self.topk_unguarded(input, k, exclude, candidates, early_termination)
+        return self._topk(input, k, exclude, candidates, early_termination)
 
-    def topk_unguarded(
+    def _topk(
         self,
         input: Tensor,
         k: int,

@@ -21,7 +21,6 @@ STACK = define(
     "residual_stack(Tensor ids, int padding_id, Tensor[] embeddings, Tensor[] projections, Tensor[] weights,"
     " Tensor[] biases, Tensor[] norm_weights, Tensor[] norm_biases, int[] sets, int[] dilations, float eps) -> Tensor"
 )
-MOST_TAPS = 16  # as in csrc/include/cprec/residual_stack.h
 NATIVE_DTYPES = (torch.float32,)
 
 # Implementations
@@ -57,8 +56,11 @@ def _check(
     taps = weights[0].shape[2] if weights[0].dim() == 3 else 0
     shapes = {"weights": (weights, (width, width, taps)), "biases": (biases, (width,))}
     shapes |= {"norm_weights": (norm_weights, (width,)), "norm_biases": (norm_biases, (width,))}
-    if not 1 <= taps <= MOST_TAPS:
-        raise ValueError(f"weights must be (d, d, taps) with 1..{MOST_TAPS} taps, got {tuple(weights[0].shape)}")
+    if taps < 1:
+        raise ValueError(f"weights must be (d, d, taps) with at least one tap, got {tuple(weights[0].shape)}")
+    num_ids = sum(table.shape[0] for table in embeddings)
+    if not 0 <= padding_id < num_ids:
+        raise ValueError(f"padding_id = {padding_id} is outside 0..{num_ids - 1}")
     for name, (tensors, shape) in shapes.items():
         for i, tensor in enumerate(tensors):
             if tuple(tensor.shape) != shape:
@@ -120,8 +122,7 @@ def residual_stack(
         ids: (B, L) int64, the newest item last, each in 0..num_items-1.
         padding_id: the id that stands for no item, itself in that range; it reaches no other place.
         embeddings, projections: a block embedding of width d, see :func:`block_embedding`.
-        weights: (d, d, taps) per parameter set, as in ``nn.Conv1d``, the last tap for the current place; at most 16 taps.
-            Read in place where their memory is (taps, in, out), otherwise copied at every call.
+        weights: (d, d, taps) per parameter set, as in ``nn.Conv1d``, the last tap for the current place.
         biases: (d,) per parameter set. norm_weights, norm_biases: (d,) per layer.
         sets: the parameter set of every layer; layers may share one. dilations: of every layer.
         eps: of the layer norms.
@@ -136,8 +137,12 @@ def residual_stack(
         ids, padding_id, list(embeddings), list(projections), list(weights), list(biases), list(norm_weights),
         list(norm_biases), list(sets), list(dilations), eps,
     )  # fmt: skip
+    if not args[2]:
+        raise ValueError("embeddings must hold at least one table")
+    if ids.device != args[2][0].device:
+        raise ValueError(f"ids are on {ids.device}, embeddings on {args[2][0].device}")
     # To go through the registered op takes half as long again as to compute one history.
-    direct = type(ids) is Tensor and len(args[2]) > 0 and not torch.compiler.is_compiling()
+    direct = type(ids) is Tensor and not torch.compiler.is_compiling()
     with torch.no_grad():
         out: Tensor = (_backend.dispatch(STACK, args[2][0]) if direct else torch.ops.cprec.residual_stack)(*args)
     return out

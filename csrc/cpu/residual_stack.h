@@ -12,54 +12,49 @@
 
 namespace cprec::CPREC_ISA {
 
-// Floats of workspace: rows of x, of a block's first layer and of zeros, then places and marks, and the embedding's.
+// Floats of workspace: rows of x and of a block's first layer, results and inputs of a tile, then places and marks, and
+// the embedding's.
 static int64_t residual_stack_workspace(const ResidualStack& stack) {
   const int64_t marks = (stack.num_layers + 2) * stack.length;  // int32 or narrower
-  return (2 * stack.length + 1 + kRows) * stack.width + marks + block_embedding_workspace(stack.embedding);
+  return (2 * stack.length + kRows * (1 + stack.taps)) * stack.width + marks +
+         block_embedding_workspace(stack.embedding);
 }
 
-// out[m] = bias + sum over taps of rows[tap][m] @ weight[tap], for M places. Sums run over taps and columns in this
-// order whatever M is.
+// out[m][c..c+N-1] = bias + weight rows times inputs[m], both of `columns` floats: (in, taps), as nn.Conv1d keeps them.
+template <int M, int N>
+static inline void convolve_tile(const float* inputs, const StackLayer& layer, int64_t columns, int64_t c,
+                                 float* const* out) {
+  const float* weight = layer.weight + c * columns;
+  Vec sums[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) sums[m][n] = Vec::zero();
+  int64_t k = 0;
+  for (; k + Vec::kWidth <= columns; k += Vec::kWidth) {
+    Vec w[N];
+    for (int n = 0; n < N; ++n) w[n] = Vec::load(weight + n * columns + k);
+    for (int m = 0; m < M; ++m) {
+      const Vec x = Vec::load(inputs + m * columns + k);
+      for (int n = 0; n < N; ++n) sums[m][n] = Vec::fma(x, w[n], sums[m][n]);
+    }
+  }
+  if (k < columns) {
+    const int left = static_cast<int>(columns - k);
+    for (int n = 0; n < N; ++n) {
+      const Vec w = Vec::load_first(weight + n * columns + k, left);
+      for (int m = 0; m < M; ++m) sums[m][n] = Vec::fma(Vec::load_first(inputs + m * columns + k, left), w, sums[m][n]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) out[m][c + n] = layer.bias[c + n] + sums[m][n].sum();
+}
+
+// The convolution at M places. A result is summed in the same order whatever M is.
 template <int M>
-static inline void convolve(const float* const (*rows)[kRows], const StackLayer& layer, int64_t taps, int64_t width,
+static inline void convolve(const float* inputs, const StackLayer& layer, int64_t columns, int64_t width,
                             float* const* out) {
-  constexpr int64_t kBlock = Vec::kWidth * Vec::kColumnVectors;
   int64_t c = 0;
-  for (; c + kBlock <= width; c += kBlock) {
-    Vec sums[M][Vec::kColumnVectors];
-    for (int n = 0; n < Vec::kColumnVectors; ++n) {
-      const Vec bias = Vec::load(layer.bias + c + n * Vec::kWidth);
-      for (int m = 0; m < M; ++m) sums[m][n] = bias;
-    }
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      if (rows[tap][0] == nullptr) continue;
-      const float* weight = layer.weight + tap * width * width + c;
-      for (int64_t k = 0; k < width; ++k, weight += width) {
-        Vec columns[Vec::kColumnVectors];
-        for (int n = 0; n < Vec::kColumnVectors; ++n) columns[n] = Vec::load(weight + n * Vec::kWidth);
-        for (int m = 0; m < M; ++m) {
-          const Vec x = Vec::broadcast(rows[tap][m][k]);
-          for (int n = 0; n < Vec::kColumnVectors; ++n) sums[m][n] = Vec::fma(x, columns[n], sums[m][n]);
-        }
-      }
-    }
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < Vec::kColumnVectors; ++n) sums[m][n].store(out[m] + c + n * Vec::kWidth);
-  }
-  for (; c < width; c += Vec::kWidth) {
-    const int left = width - c < Vec::kWidth ? static_cast<int>(width - c) : Vec::kWidth;
-    Vec sums[M];
-    for (int m = 0; m < M; ++m) sums[m] = Vec::load_first(layer.bias + c, left);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      if (rows[tap][0] == nullptr) continue;
-      const float* weight = layer.weight + tap * width * width + c;
-      for (int64_t k = 0; k < width; ++k, weight += width) {
-        const Vec column = Vec::load_first(weight, left);
-        for (int m = 0; m < M; ++m) sums[m] = Vec::fma(Vec::broadcast(rows[tap][m][k]), column, sums[m]);
-      }
-    }
-    for (int m = 0; m < M; ++m) sums[m].store_first(out[m] + c, left);
-  }
+  for (; c + kRows <= width; c += kRows) convolve_tile<M, kRows>(inputs, layer, columns, c, out);
+  for (; c < width; ++c) convolve_tile<M, 1>(inputs, layer, columns, c, out);
 }
 
 // row = relu(norm(row)), and with `add` that added to it.
@@ -92,31 +87,32 @@ static inline void norm_relu(float* row, const StackLayer& layer, int64_t width,
 }
 
 // One layer at the places (count,) of a history. Rows of `in` and `out` are by place; with `add`, the result is added
-// there instead, and `out` holds kRows rows of scratch.
+// there instead, and `out` holds kRows rows of scratch. `inputs`: kRows rows of (width, taps).
 static inline void apply_layer(const ResidualStack& stack, const StackLayer& layer, const uint8_t* is_item,
-                               const int32_t* places, int64_t count, const float* in, const float* zeros, float* out,
+                               const int32_t* places, int64_t count, const float* in, float* inputs, float* out,
                                float* add) {
-  const int64_t width = stack.width;
+  const int64_t width = stack.width, taps = stack.taps, columns = width * taps;
   for (int64_t first = 0; first < count; first += kRows) {
     const int tile = count - first < kRows ? static_cast<int>(count - first) : kRows;
-    const float* rows[kStackTaps][kRows];
     float* to[kRows];
-    for (int m = 0; m < tile; ++m) to[m] = out + (add != nullptr ? m : places[first + m]) * width;
-    for (int64_t tap = 0; tap < stack.taps; ++tap) {
-      bool any = false;
-      for (int m = 0; m < tile; ++m) {
-        const int64_t place = places[first + m] - (stack.taps - 1 - tap) * layer.dilation;
-        const bool there = place >= 0 && is_item[place] != 0;
-        rows[tap][m] = there ? in + place * width : zeros;
-        any = any || there;
+    for (int m = 0; m < tile; ++m) {
+      to[m] = out + (add != nullptr ? m : places[first + m]) * width;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t place = places[first + m] - (taps - 1 - tap) * layer.dilation;
+        float* own = inputs + m * columns + tap;
+        if (place >= 0 && is_item[place] != 0) {
+          const float* row = in + place * width;
+          for (int64_t c = 0; c < width; ++c) own[c * taps] = row[c];
+        } else {
+          for (int64_t c = 0; c < width; ++c) own[c * taps] = 0.0f;
+        }
       }
-      if (!any) rows[tap][0] = nullptr;
     }
     switch (tile) {
-      case 4: convolve<4>(rows, layer, stack.taps, width, to); break;
-      case 3: convolve<3>(rows, layer, stack.taps, width, to); break;
-      case 2: convolve<2>(rows, layer, stack.taps, width, to); break;
-      default: convolve<1>(rows, layer, stack.taps, width, to); break;
+      case 4: convolve<4>(inputs, layer, columns, width, to); break;
+      case 3: convolve<3>(inputs, layer, columns, width, to); break;
+      case 2: convolve<2>(inputs, layer, columns, width, to); break;
+      default: convolve<1>(inputs, layer, columns, width, to); break;
     }
     for (int m = 0; m < tile; ++m)
       norm_relu(to[m], layer, width, stack.eps, add == nullptr ? nullptr : add + places[first + m] * width);
@@ -149,12 +145,12 @@ static void residual_stack(const ResidualStack& stack, int64_t begin, int64_t en
   float* x = workspace;
   float* inner = x + row_floats;
   float* scratch = inner + row_floats;
-  float* zeros = scratch + kRows * width;
-  int32_t* places = reinterpret_cast<int32_t*>(zeros + width);
+  float* inputs = scratch + kRows * width;
+  float* marks = inputs + kRows * stack.taps * width;
+  int32_t* places = reinterpret_cast<int32_t*>(marks);
   uint8_t* is_item = reinterpret_cast<uint8_t*>(places + length);
   uint8_t* needed = is_item + length;  // (num_layers, length): places whose result a later layer reads
-  float* rest = zeros + width + (stack.num_layers + 2) * length;
-  memset(zeros, 0, static_cast<size_t>(width) * sizeof(float));
+  float* rest = marks + (stack.num_layers + 2) * length;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t* ids = stack.embedding.ids + row * length;
     float* out = stack.out + row * width;
@@ -178,9 +174,9 @@ static void residual_stack(const ResidualStack& stack, int64_t begin, int64_t en
       for (int64_t t = oldest; t < length; ++t)
         if (needed[i * length + t] != 0) places[count++] = static_cast<int32_t>(t);
       if (i % 2 == 0)
-        apply_layer(stack, stack.layers[i], is_item, places, count, x, zeros, inner, nullptr);
+        apply_layer(stack, stack.layers[i], is_item, places, count, x, inputs, inner, nullptr);
       else
-        apply_layer(stack, stack.layers[i], is_item, places, count, inner, zeros, scratch, x);
+        apply_layer(stack, stack.layers[i], is_item, places, count, inner, inputs, scratch, x);
     }
     memcpy(out, x + (length - 1) * width, static_cast<size_t>(width) * sizeof(float));
   }

@@ -31,7 +31,8 @@ struct BlockEmbeddingCall {
 inline BlockEmbeddingCall prepare(const at::Tensor& ids, at::TensorList embeddings, at::TensorList projections) {
   TORCH_CHECK_VALUE(!embeddings.empty() && embeddings.size() <= static_cast<size_t>(kMaxClusters),
                     "block_embedding takes 1..", kMaxClusters, " clusters, got ", embeddings.size());
-  TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong, "ids must be int64, got ", ids.scalar_type());
+  TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong, "ids must be int64, got ", ids.scalar_type(),
+                   "; convert with ids.long()");
   BlockEmbeddingCall call;
   auto& params = call.params;
   const int64_t width = (projections.empty() ? embeddings[0] : projections[0]).size(-1);
@@ -47,6 +48,8 @@ inline BlockEmbeddingCall prepare(const at::Tensor& ids, at::TensorList embeddin
   for (size_t j = 0; j < embeddings.size(); ++j) {
     params.tables[j] = hold(embeddings[j]);
     params.ranks[j] = embeddings[j].size(1);
+    TORCH_CHECK_VALUE(params.ranks[j] >= 1 && params.ranks[j] <= width, "embeddings[", j, "] has rank ",
+                      params.ranks[j], ", outside 1..", width, " (the model width)");
     params.offsets[j + 1] = params.offsets[j] + embeddings[j].size(0);
     if (params.ranks[j] == width) continue;
     TORCH_CHECK_VALUE(next < projections.size(), "embeddings[", j, "] needs a projection");

@@ -18,29 +18,15 @@ using at::TensorList;
 
 constexpr int64_t kGrain = 4;  // histories of some 15 us: two threads' worth
 
-// A vector of a layer, checked; `keep` owns what had to be copied.
-const float* vector_of(TensorList tensors, size_t i, int64_t width, const char* name, std::vector<Tensor>& keep) {
+// Entry i of a list, checked; `keep` owns it where it had to be copied.
+const float* data_of(TensorList tensors, size_t i, at::IntArrayRef shape, const char* name, std::vector<Tensor>& keep) {
   const Tensor& tensor = tensors[i];
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, name, "[", i, "] is ", tensor.scalar_type(),
                    ", embeddings are Float");
-  TORCH_CHECK_VALUE(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == width, name, "[", i, "] must be (", width,
-                    ",) on the CPU, got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.is_cpu() && tensor.sizes() == shape, name, "[", i, "] must be ", shape, " on the CPU, got ",
+                    tensor.sizes());
   if (tensor.is_contiguous()) return tensor.const_data_ptr<float>();
   keep.push_back(tensor.contiguous());
-  return keep.back().const_data_ptr<float>();
-}
-
-// (out, in, taps) as (taps, in, out): in place where a module keeps it so.
-const float* weight_of(TensorList weights, size_t i, int64_t width, int64_t taps, std::vector<Tensor>& keep) {
-  const Tensor& weight = weights[i];
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, "weights[", i, "] is ", weight.scalar_type(),
-                   ", embeddings are Float");
-  TORCH_CHECK_VALUE(weight.is_cpu() && weight.dim() == 3 && weight.size(0) == width && weight.size(1) == width &&
-                        weight.size(2) == taps,
-                    "weights[", i, "] must be (", width, ", ", width, ", ", taps, ") on the CPU, got ", weight.sizes());
-  const bool packed = weight.stride(0) == 1 && weight.stride(1) == width && weight.stride(2) == width * width;
-  if (packed) return weight.const_data_ptr<float>();
-  keep.push_back(weight.permute({2, 1, 0}).contiguous());
   return keep.back().const_data_ptr<float>();
 }
 
@@ -52,6 +38,9 @@ Tensor residual_stack_cpu(const Tensor& ids, int64_t padding_id, TensorList embe
   auto call = cprec::prepare(ids, embeddings, projections);
   cprec::check_ids(call.params);
   TORCH_CHECK_TYPE(call.params.dtype == cprec::DType::kFloat32, "embeddings must be float32");
+  const int64_t num_ids = call.params.offsets[call.params.num_clusters];
+  TORCH_CHECK_VALUE(padding_id >= 0 && padding_id < num_ids, "padding_id = ", padding_id, " is outside 0..",
+                    num_ids - 1);
   const size_t num_layers = sets.size(), num_sets = weights.size();
   TORCH_CHECK_VALUE(num_layers >= 2 && num_layers % 2 == 0, "sets names ", num_layers,
                     " layers: a block has two, and one block is the least");
@@ -68,8 +57,8 @@ Tensor residual_stack_cpu(const Tensor& ids, int64_t padding_id, TensorList embe
   stack.width = call.params.width;
   stack.num_layers = static_cast<int64_t>(num_layers);
   stack.eps = static_cast<float>(eps);
-  TORCH_CHECK_VALUE(weights[0].dim() == 3 && weights[0].size(2) >= 1 && weights[0].size(2) <= cprec::kStackTaps,
-                    "weights must be (d, d, taps) with 1..", cprec::kStackTaps, " taps, got ", weights[0].sizes());
+  TORCH_CHECK_VALUE(weights[0].dim() == 3 && weights[0].size(2) >= 1,
+                    "weights must be (d, d, taps) with at least one tap, got ", weights[0].sizes());
   stack.taps = weights[0].size(2);
   std::vector<Tensor> keep;
   std::vector<cprec::StackLayer> layers(num_layers);
@@ -78,10 +67,10 @@ Tensor residual_stack_cpu(const Tensor& ids, int64_t padding_id, TensorList embe
                       " is outside 0..", num_sets - 1);
     TORCH_CHECK_VALUE(dilations[i] >= 1, "dilations[", i, "] must be at least 1, got ", dilations[i]);
     const size_t set = static_cast<size_t>(sets[i]);
-    layers[i].weight = weight_of(weights, set, stack.width, stack.taps, keep);
-    layers[i].bias = vector_of(biases, set, stack.width, "biases", keep);
-    layers[i].norm_weight = vector_of(norm_weights, i, stack.width, "norm_weights", keep);
-    layers[i].norm_bias = vector_of(norm_biases, i, stack.width, "norm_biases", keep);
+    layers[i].weight = data_of(weights, set, {stack.width, stack.width, stack.taps}, "weights", keep);
+    layers[i].bias = data_of(biases, set, {stack.width}, "biases", keep);
+    layers[i].norm_weight = data_of(norm_weights, i, {stack.width}, "norm_weights", keep);
+    layers[i].norm_bias = data_of(norm_biases, i, {stack.width}, "norm_biases", keep);
     layers[i].dilation = std::min(dilations[i], stack.length);  // beyond it nothing is read either
   }
   stack.layers = layers.data();

@@ -37,6 +37,7 @@ from cprec.cli_options import (
     check_json,
     make_model_config,
     print_rich,
+    tails_of_run,
     whole_numbers,
     write_json_file,
 )
@@ -275,6 +276,8 @@ def train(
     from cprec.training import train as train_model
 
     prepared: PreparedData = PreparedData.open(data)
+    if resume and tie_tails is None:
+        tie_tails = tails_of_run(out)
     model_config = make_model_config(
         prepared.counts, dim, cutoffs, ranks, twin, compression=compression, softmax_cutoffs=softmax_cutoffs,
         softmax_ranks=softmax_ranks, tie_tails=tie_tails, dilations=dilations, repeats=repeats, kernel_size=kernel_size,

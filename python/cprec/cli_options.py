@@ -227,6 +227,19 @@ def _clusters(cutoffs: str, ranks: str | None, dim: int, side: str) -> tuple[lis
     return cuts, falling if ranks is None else whole_numbers(ranks, f"--{side}ranks")
 
 
+def tails_of_run(folder: Path) -> bool | None:
+    """Whether the model of a run that is gone on with has tied tails; None where there is no run to ask.
+
+    A run from before tails were tied by default goes on with the command that began it.
+    """
+    from cprec import checkpoint
+
+    try:
+        return checkpoint.read_config(folder)[0].tie_tails
+    except checkpoint.CheckpointError:
+        return None
+
+
 def print_rich(*renderables: RenderableType) -> None:
     """Print tables and text as wide as the terminal is."""
     from rich.console import Console

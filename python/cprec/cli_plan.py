@@ -94,6 +94,7 @@ def plan(
     if str(json_file) != "-":
         typer.echo(title)
         print_rich(frontier_table(plans))
+        apart = "" if tie_tails else " --no-tie-tails"
         best = min(plans, key=lambda found: found.tables.score)
-        typer.echo(f"{best.tables.advice}\nnext: cprec train {data} --out RUN --compression {best.asked:g}")
+        typer.echo(f"{best.tables.advice}\nnext: cprec train {data} --out RUN --compression {best.asked:g}{apart}")
     write_json_file(json_file, {"data": prepared.name, "plans": [found.to_dict() for found in plans]})

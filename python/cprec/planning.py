@@ -43,6 +43,7 @@ class ModelPlan:
             "asked": self.asked,
             "compression": self.compression,
             "parameters": self.config.num_parameters,
+            "tie_tails": self.config.tie_tails,
             "tables": self.tables.to_dict(),
         }
 
@@ -65,6 +66,10 @@ def plan_model(
     planner = planner or Planner(counts, model.embedding_dim, tie_tails=model.tie_tails, **options)
     if planner.num_items != model.num_items:
         raise ValueError(f"there are counts of {planner.num_items:,} items, the model has {model.num_items:,}")
+    if planner.tie_tails != model.tie_tails:
+        raise ValueError(
+            f"the planner has tie_tails = {planner.tie_tails}, the model {model.tie_tails}: they must agree"
+        )
     if not 0 < compression < float("inf"):
         raise ValueError(f"compression must be a finite number above 0, got {compression}")
     limit = model.twin().num_parameters / compression

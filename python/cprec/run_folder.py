@@ -113,14 +113,15 @@ class RunConfig:
 
     def differences(self, other: RunConfig, free: frozenset[str]) -> list[str]:
         """Where ``other`` departs from this run, ``free`` training fields aside, as "name: here, there"."""
+        parts: list[tuple[str, Any, Any]] = [
+            ("model", self.model, other.model),
+            ("training", self.training, other.training),
+        ]
         pairs = [
-            (f"{part}.{name}", value, theirs.get(name))
-            for part, ours, theirs in (
-                ("model", self.model.to_dict(), other.model.to_dict()),
-                ("training", self.training.to_dict(), other.training.to_dict()),
-            )
-            for name, value in ours.items()
-            if part == "model" or name not in free
+            (f"{part}.{field.name}", getattr(ours, field.name), getattr(theirs, field.name))
+            for part, ours, theirs in parts
+            for field in dataclasses.fields(ours)
+            if part == "model" or field.name not in free
         ]
         return [f"{name}: {value!r} in the run, {given!r} now" for name, value, given in pairs if value != given]
 

@@ -45,6 +45,7 @@ def test_defaults_and_derived_values():
         ({"tie_tails": "yes"}, TypeError, "tie_tails must be true or false, got 'yes'"),
         ({"tie_tails": True, "output_ranks": [16, 8, 4]}, ValueError, "one partition for embedding and softmax"),
         ({"tie_tails": True, "sparse_embedding": True}, ValueError, "turn off sparse_embedding"),
+        ({"tie_tails": True, "tail_bias": "no"}, TypeError, "tail_bias must be true or false"),
         ({"colour": 1}, ValueError, "unknown keys in options: colour"),
     ],
 )
@@ -138,6 +139,8 @@ def test_tied_tails_are_counted_once_and_named_only_where_they_are():
     assert tied.twin() == apart.twin()
     assert NextItNetConfig.from_dict(json.loads(json.dumps(tied.to_dict()))) == tied
     assert "tie_tails" not in apart.to_dict()
+    with pytest.raises(ValueError, match=r"tails of lower rank than embedding_dim = 16, got ranks \[16, 16\]"):
+        NextItNetConfig.from_plan(100, 16, [10], [16, 16], tie_tails=True)
 
 
 def test_twin_differs_in_the_partitions_only():

@@ -68,6 +68,12 @@ def test_wrong_arguments_are_named():
         plan_frontier(model(), COUNTS, [90, 100])
 
 
+def test_a_planner_for_other_tails_is_refused():
+    for tied in (False, True):
+        with pytest.raises(ValueError, match=f"tie_tails = {not tied}, the model {tied}"):
+            plan_model(model(tie_tails=tied), COUNTS, 2.0, planner=Planner(COUNTS, 32, tie_tails=not tied))
+
+
 def test_the_frontier_has_every_model_once(tmp_path):
     plans = plan_frontier(model(), COUNTS)
     sizes = [found.config.num_parameters for found in plans]
@@ -134,6 +140,23 @@ def test_train_takes_the_planned_partition_and_its_run_keeps_it(run, data, tmp_p
     run("train", data, "-o", tmp_path / "run", *SMALL, *quick, "--compression", 2, "--resume")
     _, err = run("train", data, "-o", tmp_path / "run", *SMALL, *quick, "--compression", 1.2, "--resume", expect=1)
     assert "cannot go on with another configuration" in err
+    for flag, there in (("--no-tie-tails", True), ("--tie-tails", False)):
+        folder = tmp_path / f"run{there}"
+        own = ("--tie-tails",) if there else ()
+        given = (*SMALL, *quick, "--cutoffs", 100, "--ranks", "16,4")
+        run("train", data, "-o", folder, *given, *own)
+        before = (folder / "config.json").read_text()
+        _, err = run("train", data, "-o", folder, *given, flag, "--resume", expect=1)
+        assert f"model.tie_tails: {there} in the run, {not there} now" in err
+        assert (folder / "config.json").read_text() == before
+        run("train", data, "-o", folder, *given, "--resume")  # unasked, it goes on as it was
+
+
+def test_a_run_from_before_tails_were_tied_goes_on_with_its_command(run, data, tmp_path):
+    command = ("train", data, "-o", tmp_path / "run", *SMALL, "--epochs", 1, "--length", 5, "-q", "--compression", 2)
+    run(*command, "--no-tie-tails")
+    run(*command, "--resume")
+    assert not checkpoint.read_config(tmp_path / "run")[0].tie_tails
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,12 @@ PADDING, TABLES, PROJECTIONS, WEIGHTS, BIASES, GAINS, SHIFTS, SETS, DILATIONS = 
 )  # places of arguments after ids
 
 
-def packed(weight):
-    """(out, in, taps) whose memory is (taps, in, out)."""
-    return weight.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-
-
 def make(partition, sets=(0, 1, 2, 3), dilations=(1, 2, 4, 8), taps=3, dtype=torch.float32):
     """Arguments after ids; the last id of the partition is padding."""
     width = partition.embedding_dim
     tables, projections = make_embedding(partition, torch.float32)
     count = 1 + max(sets)
-    weights = [packed(torch.randn(width, width, taps) * (taps * width) ** -0.5) for _ in range(count)]
+    weights = [torch.randn(width, width, taps) * (taps * width) ** -0.5 for _ in range(count)]
     biases = [0.1 * torch.randn(width) for _ in range(count)]
     gains = [1 + 0.1 * torch.randn(width) for _ in sets]
     shifts = [0.1 * torch.randn(width) for _ in sets]
@@ -60,7 +55,7 @@ def test_forward_accuracy(case, cpu_backend, poison):
     assert torch.equal(out[3], torch.zeros_like(out[3]))
 
 
-@pytest.mark.parametrize("taps", [1, 2, 5, 16])
+@pytest.mark.parametrize("taps", [1, 2, 5, 17])
 @pytest.mark.parametrize("dilations", [(1, 1), (3, 50), (2, 4, 1, 2, 7, 14), (10**18, 2**62)])
 def test_taps_and_dilations(taps, dilations, cpu_backend, poison):
     partition = Partition(50, [10], [20, 6], 20)
@@ -116,7 +111,7 @@ def test_any_memory_layout(cpu_isa):
     partition = Partition(50, [10], [16, 6], 16)
     ids, args = histories(partition), make(partition)
     expected = functional.residual_stack(ids, *args)
-    args[3] = [weight.contiguous() for weight in args[3]]
+    args[3] = [weight.permute(2, 1, 0).contiguous().permute(2, 1, 0) for weight in args[3]]
     args[5] = [torch.stack([gain, gain], 1)[:, 0] for gain in args[5]]
     assert torch.equal(functional.residual_stack(ids.T.contiguous().T, *args), expected)
 
@@ -166,12 +161,15 @@ def changed(place, index, value):
         (changed(DILATIONS, 2, lambda s: 0), ValueError, r"dilations\[2\] must be at least 1, got 0"),
         (changed(DILATIONS, None, lambda s: s[:2]), ValueError, "4 layers need as many dilations and norms, got 2"),
         (changed(BIASES, None, lambda s: s[:2]), ValueError, "weights and biases must be as many, got 4 and 2"),
-        (changed(WEIGHTS, 0, lambda w: w[:, :, 0]), ValueError, "with 1..16 taps"),
-        (changed(WEIGHTS, 0, lambda w: w.repeat(1, 1, 6)), ValueError, "with 1..16 taps"),
-        (changed(WEIGHTS, 1, lambda w: w[:3]), ValueError, r"weights\[1\] must be \(16, 16, 3\)"),
+        (changed(PADDING, None, lambda _: 50), ValueError, "padding_id = 50 is outside 0..49"),
+        (changed(TABLES, None, lambda _: []), ValueError, "embeddings must hold at least one table"),
+        (changed(TABLES, 1, lambda e: e.repeat(1, 3)), ValueError, r"embeddings\[1\] has rank 18, outside 1..16"),
+        (changed(WEIGHTS, 0, lambda w: w[:, :, 0]), ValueError, "with at least one tap"),
+        (changed(WEIGHTS, 0, lambda w: w[:, :, :0]), ValueError, "with at least one tap"),
+        (changed(WEIGHTS, 1, lambda w: w[:3]), ValueError, r"weights\[1\] must be .16, 16, 3."),
         (changed(WEIGHTS, 1, lambda w: w.double()), TypeError, r"weights\[1\] is"),
-        (changed(BIASES, 1, lambda w: w[:3]), ValueError, r"biases\[1\] must be \(16,\)"),
-        (changed(GAINS, 3, lambda w: w[:3]), ValueError, r"norm_weights\[3\] must be \(16,\)"),
+        (changed(BIASES, 1, lambda w: w[:3]), ValueError, r"biases\[1\] must be .16,?."),
+        (changed(GAINS, 3, lambda w: w[:3]), ValueError, r"norm_weights\[3\] must be .16,?."),
         (changed(SHIFTS, 0, lambda w: w.half()), TypeError, r"norm_biases\[0\] is"),
     ],
 )
@@ -190,6 +188,8 @@ def test_bad_input_is_named(change, error, words, backend):
         (torch.zeros(3, dtype=torch.int64), ValueError, "ids must be"),
         (torch.zeros(3, 0, dtype=torch.int64), ValueError, "length at least 1"),
         (torch.zeros(3, 2), TypeError, "ids must be int64"),
+        (torch.zeros(3, 2, dtype=torch.int32), TypeError, r"convert with ids.long\(\)"),
+        (torch.zeros(3, 2, dtype=torch.int64, device="meta"), ValueError, "ids are on meta, embeddings on cpu"),
         (torch.tensor([[1, 50]]), IndexError, "= 50 is outside 0..49"),
         (torch.tensor([[-1, 5]]), IndexError, "= -1 is outside 0..49"),
     ],

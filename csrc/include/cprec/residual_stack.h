@@ -8,11 +8,9 @@
 
 namespace cprec {
 
-constexpr std::int64_t kStackTaps = 16;  // at the most
-
 // One layer f.
 struct StackLayer {
-  const float* weight;  // (taps, width in, width out); the last tap meets the current place
+  const float* weight;  // (width out, width in, taps), as in nn.Conv1d; the last tap meets the current place
   const float* bias;    // (width,)
   const float* norm_weight;
   const float* norm_bias;

@@ -87,6 +87,11 @@ class NextItNetConfig:
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.tie_tails and self.input_partition != self.output_partition:
             raise ValueError("tie_tails needs one partition for embedding and softmax, but theirs differ")
+        if self.tie_tails and self.embedding_dim in self.output_partition.ranks[1:]:
+            raise ValueError(
+                f"tie_tails needs tails of lower rank than embedding_dim = {self.embedding_dim}, got ranks "
+                f"{list(self.output_partition.ranks)}: without projections one vector would serve both tables"
+            )
         if self.tie_tails and self.sparse_embedding:
             raise ValueError(
                 "tie_tails gives the tables dense gradients, since the softmax reads every row: turn off sparse_embedding"

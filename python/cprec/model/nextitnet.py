@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cprec.model.config import NextItNetConfig
-from cprec.model.packing import Packing
+from cprec.model.packing import Packing, is_traced
 from cprec.model.sharing import parameter_sets
-from cprec_kernels.functional import MOST_TAPS, residual_stack
+from cprec_kernels.functional import residual_stack
 from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss, TiedBlocks
 
 WEIGHT_STD = 0.02  # of the truncated normal that the authors' code draws convolution weights from
 NORM_EPS = 1e-8  # as in the authors' code
+MOST_LAG = 1 << 40  # places: no history is as long
 
 
 class CausalConv(nn.Module):
@@ -35,16 +36,9 @@ class CausalConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1) -> None:
         super().__init__()
-        # In memory (taps, in, out): what a product over all taps and the kernel for serving read in place.
-        self.weight = nn.Parameter(torch.empty(kernel_size, in_channels, out_channels).permute(2, 1, 0))
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels))
         self.reset_parameters()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        weight = state_dict.get(prefix + "weight")
-        if isinstance(weight, Tensor) and weight.dim() == 3:  # with assign=True it takes the parameter's place
-            state_dict[prefix + "weight"] = weight.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
         """Weights from a normal of standard deviation 0.02 cut at two deviations, biases 0."""
@@ -150,17 +144,27 @@ class ResidualStack(nn.Module):
         branch: Tensor = self.sets[self.set_of[index][0]](x, norms, dilation, mask, packing)
         return branch
 
-    def layers(self) -> dict[str, Any]:
-        """Residual blocks as :func:`cprec_kernels.functional.residual_stack` takes them."""
-        sets = [module._parameters for module in _members(self.sets)]
-        norms = [module._parameters for module in _members(self.norms)]
+    def layers(self) -> dict[str, Any] | None:
+        """Residual blocks as :func:`cprec_kernels.functional.residual_stack` takes them; None where they are others than
+        this class makes: bottleneck blocks, or a part that was replaced, parametrised, hooked or given another eps."""
+        # Not by attribute, which in a module is a look-up of its own each time: serving asks for all of them per call.
+        sets, norms = self.sets._modules.values(), self.norms._modules.values()
+        as_made = (
+            self.block == "residual"
+            and all(type(own) is CausalConv and not _is_hooked(own) for own in sets)
+            and all(type(own) is nn.LayerNorm and own.eps == NORM_EPS and not _is_hooked(own) for own in norms)
+        )
+        if not as_made:
+            return None
+        set_parameters: list[Any] = [own._parameters for own in sets if own is not None]
+        norm_parameters: list[Any] = [own._parameters for own in norms if own is not None]
         return {
-            "weights": [own["weight"] for own in sets],
-            "biases": [own["bias"] for own in sets],
-            "norm_weights": [own["weight"] for own in norms],
-            "norm_biases": [own["bias"] for own in norms],
+            "weights": [own["weight"] for own in set_parameters],
+            "biases": [own["bias"] for own in set_parameters],
+            "norm_weights": [own["weight"] for own in norm_parameters],
+            "norm_biases": [own["bias"] for own in norm_parameters],
             "sets": [index for block in self.set_of for index in block],
-            "dilations": [dilation << layer for dilation in self.dilations for layer in range(2)],
+            "dilations": [min(dilation, MOST_LAG) << layer for dilation in self.dilations for layer in range(2)],
             "eps": NORM_EPS,
         }
 
@@ -225,7 +229,7 @@ class NextItNet(nn.Module):
     def forward(self, items: Tensor) -> Tensor:
         """Hidden states (B, L, d) of item ids (B, L); 0 at padding."""
         _check_ids("items", items, 2)
-        packing = Packing.if_worth_it(items != self.padding_id)
+        packing = self._packing(items != self.padding_id)
         return self._padded(items) if packing is None else packing.unpack(self._packed(items, packing))
 
     def _padded(self, items: Tensor) -> Tensor:  # (B, L) -> (B, L, d)
@@ -255,7 +259,7 @@ class NextItNet(nn.Module):
         inputs, targets = windows[:, :-1], windows[:, 1:]
         is_item = inputs != self.padding_id
         targets = targets.masked_fill(~is_item | (targets == self.padding_id), self.softmax.ignore_index)
-        packing = Packing.if_worth_it(is_item)
+        packing = self._packing(is_item)
         hidden = self._padded(inputs) if packing is None else self._packed(inputs, packing)
         loss: Tensor = self.softmax(hidden, targets if packing is None else packing.pack(targets)).loss
         return loss
@@ -300,33 +304,35 @@ class NextItNet(nn.Module):
         if histories.shape[1] < 1:
             raise ValueError("histories have length 0: pad them on the left with num_items to length 1 or more")
         with torch.no_grad():
-            if self._has_fused_form(histories):
-                tables, projections = (
-                    _members(group) for group in (self.embedding.embeddings, self.embedding.projections)
-                )
-                return residual_stack(histories, self.padding_id, tables, projections, **self.backbone.layers())
-            packing = Packing.if_worth_it(histories != self.padding_id)
+            if (fused := self._fused_form(histories)) is not None:
+                return residual_stack(histories, self.padding_id, **fused)
+            packing = self._packing(histories != self.padding_id)
             if packing is None:
                 return self._padded(histories)[:, -1]
             return packing.last(self._packed(histories, packing))
 
-    def _has_fused_form(self, histories: Tensor) -> bool:
-        """Whether one kernel (or its stand-in) takes histories to the hidden states of their newest items."""
-        config = self.config
-        return (
-            config.block == "residual"
-            and isinstance(self.embedding, BlockEmbedding)  # not what someone put in its place
-            and config.kernel_size <= MOST_TAPS
-            and not (self.training and config.dropout)
-            and histories.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cpu")
-        )
+    def _packing(self, is_item: Tensor) -> Packing | None:
+        # Compiled or replaced blocks get what they always got: shapes that do not depend on values, and a mask.
+        return Packing.if_worth_it(is_item) if type(self.backbone) is ResidualStack else None
+
+    def _fused_form(self, histories: Tensor) -> dict[str, Any] | None:
+        """What the kernel that takes histories to the hidden states of their newest items needs; None where it must not
+        run: in training with dropout, under autocast or a tracer, off the CPU, and when a part is not as this class makes it."""
+        embedding, backbone = self.embedding, self.backbone
+        eager = histories.device.type == "cpu" and not torch.compiler.is_compiling() and not is_traced()
+        as_made = type(embedding) is BlockEmbedding and type(backbone) is ResidualStack
+        if not eager or not as_made or (self.training and self.config.dropout) or torch.is_autocast_enabled("cpu"):
+            return None
+        if _is_hooked(embedding) or _is_hooked(backbone) or (layers := backbone.layers()) is None:
+            return None
+        tables: list[Any] = list(embedding.embeddings._parameters.values())
+        projections = list(embedding.projections._parameters.values())
+        # elsewhere forward says what is where
+        return {"embeddings": tables, "projections": projections, **layers} if tables[0].device.type == "cpu" else None
 
 
-def _members(group: nn.ModuleList | nn.ParameterList) -> list[Any]:
-    """What a list holds. Its own iterator looks every one up by its number: most of 8 us in a call of 100."""
-    return list((group._parameters if isinstance(group, nn.ParameterList) else group._modules).values())
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _check_ids(name: str, ids: Tensor, dim: int) -> None:

@@ -35,9 +35,10 @@ class Packing:
 
     @classmethod
     def if_worth_it(cls, is_item: Tensor) -> Packing | None:
-        """None where padding is better kept: little of it, another device than the CPU, and while torch compiles, which
-        wants shapes that do not depend on values."""
-        if torch.compiler.is_compiling() or is_item.device.type != "cpu" or not is_item.numel():
+        """None where padding is better kept: little of it, another device than the CPU, and while torch compiles, traces or
+        computes shapes alone, which wants shapes that do not depend on values."""
+        shapes_alone = torch.compiler.is_compiling() or is_traced() or type(is_item) is not Tensor
+        if shapes_alone or is_item.device.type != "cpu" or not is_item.numel():
             return None
         return cls(is_item) if int(is_item.sum()) <= WORTH_IT * is_item.numel() else None
 
@@ -86,6 +87,11 @@ class _RowsBefore(torch.autograd.Function):
         width = grad.shape[1] // taps
         rows = _with_nothing(grad).view((count + 1) * taps, width).index_select(0, wanted.T.flatten())
         return rows.view(count, taps, width).sum(1), None, None
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace records what runs, for other shapes and values too."""
+    return bool(torch._C._get_tracing_state())
 
 
 def _with_nothing(x: Tensor) -> Tensor:
