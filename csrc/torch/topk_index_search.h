@@ -135,7 +135,8 @@ class ChunkSearch {
            head_lse_[static_cast<size_t>(row)];
   }
 
-  // By each row's own probabilities: what a row finds must not depend on the rows beside it.
+  // By each row's own probabilities: what a row finds must not depend on the rows beside it. Two are met by their
+  // number: all rows together, and the more frequent items hold the best ones nearly always.
   void order_tails() {
     const size_t tails = levels_.size() - 1;
     turns_.resize(rows_.size() * tails);
@@ -143,8 +144,9 @@ class ChunkSearch {
       const auto own = turns_.begin() + static_cast<int64_t>(row * tails);
       std::iota(own, own + static_cast<int64_t>(tails), size_t{1});
       const float* logits = parent_logits_.data() + row * tails;
-      std::stable_sort(own, own + static_cast<int64_t>(tails),
-                       [&](size_t a, size_t b) { return logits[a - 1] > logits[b - 1]; });
+      if (tails > 2)
+        std::stable_sort(own, own + static_cast<int64_t>(tails),
+                         [&](size_t a, size_t b) { return logits[a - 1] > logits[b - 1]; });
     }
   }
 
@@ -212,18 +214,9 @@ class ChunkSearch {
       norms[i] = static_cast<float>(norm * (1.0 + 1e-6));
       shifts[i] = static_cast<float>(std::max(0.0, norm * level.norm + level.bias_max + 40.0 - kHeadroom));
     }
-    const IndexLeaves leaves{level.leaf_vectors,
-                             level.leaf_numbers,
-                             number,
-                             level.stored.rank,
-                             count,
-                             states.row(first, level.stored.rank),
-                             norms.data(),
-                             shifts.data(),
-                             upper,
-                             largest.data(),
-                             sums.data()};
-    cpu_kernels().index_leaves(leaves);
+    cpu_kernels().index_leaves({level.leaf_vectors, level.leaf_numbers, number, level.stored.rank, count,
+                                states.row(first, level.stored.rank), norms.data(), shifts.data(), upper,
+                                largest.data(), sums.data()});
     for (int64_t i = 0; i < count; ++i)
       wanted[i] = row_wants(level, states, first + i, {upper + i * stride, largest[i], shifts[i], sums[i]});
   }
