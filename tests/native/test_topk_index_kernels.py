@@ -113,7 +113,7 @@ def tail_around(centres, spread, size=4_096, width=16, across=False):
         # Two far groups: only leaves have small radii.
         (tail_around([-7.0, 7.0], 0.1), True, False, False),
         # One item in 40 lies far off, but across the row: its leaf's sphere and box reach where no item is.
-        (torch.cat([tail_around([0.0], 0.3, 4_000), tail_around([0.0], 8.0, 96, across=True)]), True, False, True),
+        (torch.cat([tail_around([0.0], 0.3, 8_000), tail_around([0.0], 8.0, 192, across=True)]), True, False, True),
         # An item that is among the best.
         (torch.cat([tail_around([0.0], 0.3), torch.full((1, 16), 3.0)]), True, True, False),
     ],
