@@ -67,6 +67,21 @@ def rms_norm(model):
     model.backbone.norms[3] = nn.RMSNorm(D)
 
 
+class Adapted(nn.Module):
+    """A convolution of someone's own around one of ours."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, dilation=1):
+        return self.inner(x, dilation) + x
+
+
+def own_conv(model):
+    model.backbone.sets[0] = Adapted(model.backbone.sets[0])
+
+
 def own_embedding(model):
     embedding = Doubled(Partition(K, [7, 20], [8, 4, 2], D).with_padding(), padding_idx=K)
     embedding.load_state_dict(model.embedding.state_dict())
@@ -77,7 +92,7 @@ def own_blocks(model):
     model.backbone = Wrapped(model.backbone)
 
 
-CHANGES = (weight_norm, adapter, other_eps, without_norm, rms_norm, own_embedding, own_blocks)
+CHANGES = (weight_norm, adapter, other_eps, without_norm, rms_norm, own_conv, own_embedding, own_blocks)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -90,6 +90,9 @@ class BottleneckConvs(nn.Module):
         return _masked(self.up(F.relu(norms[2](x))), mask)
 
 
+PACKABLE = (CausalConv, BottleneckConvs)  # with their subclasses, such as parametrised ones
+
+
 class ResidualStack(nn.Module):
     """The residual blocks of a NextItNet, (B, L, d) to (B, L, d).
 
@@ -135,7 +138,9 @@ class ResidualStack(nn.Module):
 
     def _residual(self, index: int, dilation: int, x: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
         for layer, set_index in enumerate(self.set_of[index]):
-            x = self.sets[set_index](x, dilation << layer, packing)
+            conv = self.sets[set_index]
+            # one that someone put in place of ours need not know of packing
+            x = conv(x, dilation << layer) if packing is None else conv(x, dilation << layer, packing)
             x = _masked(F.relu(self.norms[2 * index + layer](x)), mask)
         return x
 
@@ -312,8 +317,10 @@ class NextItNet(nn.Module):
             return packing.last(self._packed(histories, packing))
 
     def _packing(self, is_item: Tensor) -> Packing | None:
-        # Compiled or replaced blocks get what they always got: shapes that do not depend on values, and a mask.
-        return Packing.if_worth_it(is_item) if type(self.backbone) is ResidualStack else None
+        # Compiled or replaced parts get what they always got: shapes that do not depend on values, and a mask.
+        backbone = self.backbone
+        ours = type(backbone) is ResidualStack and all(isinstance(own, PACKABLE) for own in backbone.sets)
+        return Packing.if_worth_it(is_item) if ours else None
 
     def _fused_form(self, histories: Tensor) -> dict[str, Any] | None:
         """What the kernel that takes histories to the hidden states of their newest items needs; None where it must not
