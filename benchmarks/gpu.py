@@ -75,6 +75,9 @@ def describe(row: dict[str, Any]) -> str:
     if row["kind"] == "tile":
         place = f"{row['kernel']} rank {row['rank']} {row['dtype']}"
         return f"{place}: the table's tile" if row["kept"] else f"{place}: {row['tile']}"
+    if row["kind"] == "op":
+        longest = ", ".join(f"{kernel[:40]} {ms:.3f}" for kernel, ms in row["longest"][:3])
+        return f"{place}: {row['call_ms']:.3f} ms, {row['kernels']} kernels {row['device_ms']:.3f} ms ({longest})"
     if row["kind"] == "kernel":
         floor = f", {row['over_floor']:.2f} times its floor" if "over_floor" in row else ""
         return f"{place}: {row['kernel']} {row['launch']}: {row['ms']:.3f} ms{floor}"

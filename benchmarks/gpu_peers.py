@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cprec_kernels import BackendError
+
 if TYPE_CHECKING:
     from cprec_kernels import Partition
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+MAX_LIGER_CHUNKS = 1000  # it splits a batch into num_items / width chunks: seconds per step from here on
 Peer = tuple[Loss, list[Tensor]]  # loss(hidden, target), and the leaves that it has besides hidden
 
 
@@ -44,6 +47,8 @@ def peers(partition: Partition, dtype: torch.dtype, device: str) -> Iterator[tup
         return lambda hidden, target: linear_cross_entropy(hidden, full, target), [full]
 
     def liger() -> Peer:
+        if items > MAX_LIGER_CHUNKS * width:
+            raise BackendError(f"it would pass over the table {-(-items // width):,} times, once per chunk of tokens")
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
 
         full, fused = table(), LigerFusedLinearCrossEntropyLoss()

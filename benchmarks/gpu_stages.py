@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -59,6 +61,7 @@ BENCH = (
     _size("1m-d128", 1_000_000, 128, (128, 32, 8), 12_800),
     _size("10m-d256", 10_000_000, 256, (256, 64, 16), 8_192),
 )
+ROUNDS_S = 0.5  # seconds of timed calls per row, about
 EXPS = 512  # powers of two per element that the probe takes, one after another
 
 
@@ -214,8 +217,8 @@ def _verdict(
 
 def bench(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
     """Medians of every op and backend, and of torch's own ways to do the like."""
-    for size in sizes:
-        for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):
+        for size in sizes:
             for op, name, make in _providers(size, dtype, device):
                 row = {"kind": "bench", "op": op, "size": size.name, "dtype": _name(dtype), "provider": name}
                 try:
@@ -308,6 +311,8 @@ def execution(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
     """``pytest -m gpu`` (graphs, compilation, streams, waiting for the device, repeated bits), then compute-sanitizer."""
     root = Path(__file__).parents[1]
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
+    if importlib.util.find_spec("xdist") is not None:
+        tests += ["-n", str(min(8, os.cpu_count() or 1))]  # most of the time goes to compilers
     tiny = [sys.executable, "-m", "benchmarks.gpu_sanitized"]
     commands = {"pytest": tests} | {tool: ["compute-sanitizer", "--tool", tool, *tiny] for tool in SANITIZERS}
     for name, command in commands.items():
@@ -329,8 +334,24 @@ def loss_step(size: Size, dtype: torch.dtype, device: str, target: Tensor) -> Ca
 
 
 def kernels(device: str, sizes: tuple[Size, ...], emit: Emit, rates: Rates | None = None) -> None:
-    """Times of the single kernels of a training step of the loss in bf16, beside what they cannot be faster than."""
+    """Times of the single kernels of a training step of the loss in bf16, beside what they cannot be faster than.
+
+    Then, of every op: how many kernels it takes, what they take together, and what the call takes.
+    """
     for size in sizes:
+        for op, name, make in _providers(size, torch.bfloat16, device):
+            if name != "triton":
+                continue
+            with use_backend(name):
+                call = make()
+                median = timed(call, device)[0]
+                events = launches(call, device)
+            row = {"kind": "op", "op": op, "size": size.name, "dtype": "bfloat16", "provider": name, "call_ms": median}
+            longest: dict[str, float] = {}
+            for kernel, ms in events:
+                longest[kernel] = longest.get(kernel, 0.0) + ms
+            top = sorted(longest.items(), key=lambda item: -item[1])[:6]
+            emit(row | {"kernels": len(events), "device_ms": sum(ms for _, ms in events), "longest": top})
         target = make_ids(size.partition, (size.tokens,), seed=1)
         step = loss_step(size, torch.bfloat16, device, target)
         rounds = [launches(step, device) for _ in range(5 if device == "cuda" else 1)]
@@ -361,7 +382,8 @@ def tune(device: str, sizes: tuple[Size, ...], emit: Emit, folder: Path) -> None
 
 
 def launches(call: Callable[[], object], device: str) -> list[tuple[str, float]]:
-    """Name and ms of every kernel of a call, in order; off a device, of torch's operators."""
+    """Name and ms of every kernel (and fill and copy) of a call, in order; off a device, of torch's operators."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -369,9 +391,10 @@ def launches(call: Callable[[], object], device: str) -> list[tuple[str, float]]
         call()
         if device == "cuda":
             torch.cuda.synchronize()
-    events = sorted(
-        (event for event in seen.events() if event.time_range is not None), key=lambda e: e.time_range.start
-    )
+    # What the host did (launches, buffers of the profiler) is among the events as well, in no fixed order to the device's.
+    wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    found = (event for event in seen.events() if event.time_range is not None and event.device_type == wanted)
+    events = sorted(found, key=lambda event: event.time_range.start)
     return [(event.name, event.time_range.elapsed_us() / 1e3) for event in events]
 
 
@@ -380,11 +403,21 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def timed(call: Callable[[], object], device: str, rounds: int = 20) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile in ms, after three calls that compile and warm up."""
-    for _ in range(3):
+    """Median, 20th and 80th percentile in ms, after a call that compiles and two that warm up.
+
+    A slow call gets fewer rounds, three at least: time on a device is dear.
+    """
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(2):
         call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    warm_s = (time.perf_counter() - begin) / 2
     times = []
-    for _ in range(rounds if device == "cuda" else 3):
+    for _ in range(max(3, min(rounds, int(ROUNDS_S / max(warm_s, 1e-6)))) if device == "cuda" else 3):
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -100,6 +100,11 @@ def _triton_missing() -> str:
     return ""
 
 
+def launches_triton() -> bool:
+    """Whether Triton kernels may serve CUDA tensors at the moment."""
+    return _requested in ("auto", "triton") and not _triton_missing()
+
+
 def triton(stem: str, name: str, dtypes: tuple[torch.dtype, ...], otherwise: Callable[..., Any]) -> Implementation:
     """The function ``name`` of ``_triton/<stem>.py``, imported when it first runs, for CUDA tensors.
 

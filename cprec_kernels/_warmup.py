@@ -113,11 +113,15 @@ def rehearse(
     if importlib.util.find_spec("triton") is None:
         return []
     common = importlib.import_module("._triton.common", __package__)
+    ids = importlib.import_module("._triton.ids", __package__)
     launches: list[Any]
     with common.rehearse() as launches, torch.no_grad():
+        given = torch.empty(NUM_TOKENS, dtype=torch.int64, device=device)
         if isinstance(block, BlockEmbedding):
+            ids.check(given, block.partition.num_items, "ids", None)
             _embedding(block, device)
         else:
+            ids.check(given, block.partition.num_items, "target", block.ignore_index)
             _softmax(block, dtype, device)
     return launches
 
@@ -174,4 +178,5 @@ def _softmax(block: ClusteredSoftmaxWithLoss, dtype: torch.dtype | None, device:
     mask = [True, *map(_any_trained, (given.weights, given.projections, head_biases, given.tail_biases))]
     log_prob, uniform, *saved = results
     ignore_index, _, arithmetic = options
-    _run("clustered_softmax_backward", own, log_prob, uniform, *args, *saved, ignore_index, arithmetic, mask)
+    smoothing = uniform if block.label_smoothing > 0 else None
+    _run("clustered_softmax_backward", own, log_prob, smoothing, *args, *saved, ignore_index, arithmetic, mask)

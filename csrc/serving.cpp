@@ -103,8 +103,8 @@ void run(const c10::OperatorHandle& op, c10::Stack* stack) {
 
 void run_softmax(const c10::OperatorHandle& op, c10::Stack* stack) {
   static const c10::OperatorHandle kernel = c10::Dispatcher::singleton().findSchemaOrThrow(kSoftmax, "");
-  const bool with_descents = prepare(op.schema(), *stack).back().toBool();
-  TORCH_CHECK_NOT_IMPLEMENTED(!with_descents, "descents are for training, which needs Python and cprec_kernels");
+  const bool keep = prepare(op.schema(), *stack).back().toBool();
+  TORCH_CHECK_NOT_IMPLEMENTED(!keep, "what a backward pass needs is for training, which needs Python and cprec_kernels");
   stack->pop_back();
   call(kernel, stack);
   stack->emplace_back(c10::List<Tensor>());
@@ -126,7 +126,7 @@ TORCH_LIBRARY(cprec, m) {
   m.def("clustered_rank(Tensor input, Tensor target, " CPREC_WEIGHTS ") -> Tensor");
   m.def("clustered_score(Tensor input, Tensor items, " CPREC_WEIGHTS ") -> Tensor");
   m.def("clustered_softmax(Tensor input, Tensor target, " CPREC_WEIGHTS
-        ", int ignore_index, bool smooth, ScalarType? arithmetic, bool with_descents)"
+        ", int ignore_index, bool smooth, ScalarType? arithmetic, bool keep)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
 }
 

@@ -77,7 +77,7 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             monkeypatch.setitem(
                 _backend._OPS, op, (dataclasses.replace(found, device_types=("cpu", "cuda")), reference)
             )
-    monkeypatch.setattr("cprec_kernels.ops.clustered_softmax.DESCENT_DEVICES", ("cpu",))
+    monkeypatch.setattr("cprec_kernels.ops.clustered_softmax.KEEPING_DEVICES", ("cpu",))
     _backend._choose_cached.cache_clear()
     yield
     _backend._choose_cached.cache_clear()

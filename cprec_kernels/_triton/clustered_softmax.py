@@ -267,25 +267,30 @@ def forward(
     smooth: bool,
     with_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """What ``cprec::clustered_softmax`` gives; all floating tensors of one dtype, ``with_rows`` its ``with_descents``."""
+    """What ``cprec::clustered_softmax`` gives; all floating tensors of one dtype, ``with_rows`` its ``keep``."""
     num_tokens = target.shape[0]
     options: dict[str, Any] = {"device": input.device}
-    log_prob, uniform = (torch.zeros(num_tokens, dtype=torch.float32, **options) for _ in range(2))
-    lse = [torch.zeros(num_tokens, dtype=torch.float64, **options) for _ in range(2)]
-    descents: list[Tensor] = []
+    log_prob, uniform = (torch.empty(num_tokens, dtype=torch.float32, **options) for _ in range(2))
+    lse = [torch.empty(num_tokens, dtype=torch.float64, **options) for _ in range(2)]
+    kept: list[Tensor] = []
     levels = levels_of(weights, projections, head_bias, tail_biases)
     if num_tokens == 0:
-        return log_prob, uniform, lse[0], lse[1], [input.new_zeros(0, level.rank) for level in levels if with_rows]
-    plan = make_plan(target, levels, ignore_index)
+        if with_rows:
+            kept = [input.new_zeros(0, level.rank) for level in levels]
+            kept += [torch.empty(0, dtype=dtype, **options) for dtype in (torch.int64, torch.int32)]
+        return log_prob, uniform, lse[0], lse[1], kept
+    plan = make_plan(target, levels, ignore_index, (log_prob, uniform, *lse))
     packed = input.index_select(0, plan.order)
     for j, (level, column) in enumerate(zip(levels, plan.columns, strict=True)):
         z = level.project(packed)
         tile, grid, maxima, sums, rows = scan(level, plan, column, z, None, with_rows)
         token = configs.tile_for("token", level.rank, z.dtype, architecture(z.device))
-        mean = level.weight.mean(0, dtype=torch.float32) if smooth else sums
-        mean_bias = torch.zeros(1, **options)
-        if smooth and level.bias is not None:
-            mean_bias = level.bias.mean(0, keepdim=True, dtype=torch.float32)
+        mean, mean_bias = sums, sums
+        if smooth:
+            mean = level.weight.mean(0, dtype=torch.float32)
+            mean_bias = torch.zeros(1, **options)
+            if level.bias is not None:
+                mean_bias = level.bias.mean(0, keepdim=True, dtype=torch.float32)
         descent = z.new_zeros(z.shape if with_rows else 0)
         launch(
             clustered_softmax_fwd_kernel, num_processors(z.device) * token.blocks_per_sm, z,
@@ -296,8 +301,8 @@ def forward(
             num_warps=token.num_warps, num_stages=token.num_stages,
         )  # fmt: skip
         if with_rows:
-            descents.append(descent)
-    return log_prob, uniform, lse[0], lse[1], descents
+            kept.append(descent)
+    return log_prob, uniform, lse[0], lse[1], kept + [plan.order, plan.ids] if with_rows else kept
 
 
 def refusal(*args: Any) -> str:
@@ -308,9 +313,9 @@ def refusal(*args: Any) -> str:
 
 def clustered_softmax(input: Tensor, target: Tensor, *args: Any) -> tuple[Any, ...]:
     """The op ``cprec::clustered_softmax``."""
-    *factors, ignore_index, smooth, arithmetic, with_descents = args
+    *factors, ignore_index, smooth, arithmetic, keep = args
     hidden, weights, projections, head_bias, tail_biases = cast([input, *factors], arithmetic or input.dtype)
-    return forward(hidden, target, weights, projections, head_bias, tail_biases, ignore_index, smooth, with_descents)
+    return forward(hidden, target, weights, projections, head_bias, tail_biases, ignore_index, smooth, keep)
 
 
 def pointer(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
@@ -343,7 +348,7 @@ def pointer_types(dtype: torch.dtype, kernel: Any) -> dict[str, str]:
     known = {
         **dict.fromkeys(("p_z", "p_w", "p_bias", "p_descent", "p_weight_grad", "p_bias_grad"), operand),
         **dict.fromkeys(("p_column", "p_offsets", "p_bounds", "p_flags"), "*i32"),
-        **dict.fromkeys((*SCALARS, "splits"), "i32"),
+        **dict.fromkeys((*SCALARS, "num_tokens", "splits"), "i32"),
         "p_order": "*i64",
         "p_lse": "*fp64",
     }

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import configs
 from .clustered_softmax import SCALARS, pointer, pointer_types, scan, target_logit, units_of
 from .clustered_softmax import refusal as refusal
-from .clustered_softmax_plan import Level, Plan, Upstream, levels_of, make_plan, normalise
+from .clustered_softmax_plan import BLOCK, LAUNCH, Level, Plan, Upstream, levels_of, make_plan, normalise, plan_of
 from .clustered_softmax_weight import level_weight
 from .common import (
     DTYPES,
@@ -84,14 +84,17 @@ def clustered_softmax_bwd_token_kernel(
         tl.store(p_gap + start + t, gap, mask=m_t)
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=["num_tokens", *SCALARS])
 def clustered_softmax_bwd_input_kernel(
     p_w, p_column, p_ratio, p_uniform, p_factor, p_gap, p_mean, p_offsets, p_order, p_rows, p_descent, p_dz,
-    first, last, num_entries, target_units,
+    num_tokens, first, last, num_entries, target_units,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
-    FROM_ROWS: tl.constexpr,
+    FROM_ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dz (T, D) of a level's tokens, from the forward pass's descent or from the parts of sum p_v w_v (FROM_ROWS)."""
+    """dz (T, D) from the forward pass's descent or from the parts of sum p_v w_v (FROM_ROWS).
+
+    ADD: a level's tokens receive it on top of what is there. Otherwise dz is written, 0 for the tokens of other levels.
+    """
     start, count, token_tiles, _entry_tiles, parts = units_of(
         p_offsets, first, last, num_entries, target_units, BLOCK_T, BLOCK_V
     )
@@ -116,7 +119,27 @@ def clustered_softmax_bwd_input_kernel(
         ratio = tl.load(p_ratio + start + t, mask=m_t, other=0.0)
         uniform = tl.load(p_uniform + start + t, mask=m_t, other=0.0)
         dz = ratio[:, None] * descent + uniform[:, None] * (b_mean[None, :] - b_w)
+        if ADD:
+            dz += load_rows(p_dz, start + t, o_d, m_t, D, BLOCK_D, True)
         store_rows(p_dz, start + t, o_d, m_t, dz, D)
+    if not ADD:
+        others = num_tokens - count
+        for i_s in tl.range(tl.program_id(0), tl.cdiv(others, BLOCK_S), tl.num_programs(0)):
+            t = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
+            place = tl.where(t < start, t, t + count)
+            store_rows(p_dz, place, o_d, t < others, tl.zeros((BLOCK_S, BLOCK_D), tl.float32), D)
+
+
+@triton.jit(do_not_specialize=["count"])
+def clustered_softmax_scatter_kernel(p_rows, p_order, p_scale, p_out, count, D: tl.constexpr, BLOCK: tl.constexpr):
+    """out (T, D): row ``order[t]`` is scale times row t of rows; count = T D."""
+    scale = tl.load(p_scale)
+    for i in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+        o = tl.full((BLOCK,), i, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        m = o < count
+        value = tl.load(p_rows + o, mask=m, other=0.0) * scale
+        place = tl.load(p_order + o // D, mask=m, other=0) * D + o % D
+        tl.store(p_out + place, value.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["num_entries"])
@@ -187,11 +210,16 @@ def _level_input(
     terms: TokenTerms | None,
     upstream: Upstream,
     descent: Tensor | None,
-) -> Tensor:
-    """dz (T, D) in sorted order, fp32, by ``upstream.scale``; zero for tokens of other levels. Needs terms or a descent."""
+    zeros: Tensor,
+    out: Tensor,
+    add: bool,
+) -> None:
+    """dz (T, D) by ``upstream.scale`` in sorted order, to ``out`` or, for the level's tokens, on top of it (``add``).
+
+    Needs terms or a descent. ``zeros`` are at least D.
+    """
     token = configs.tile_for("token", level.rank, z.dtype, architecture(z.device))
-    dz = torch.zeros(z.shape, dtype=torch.float32, device=z.device)
-    rows, tile, target_units = dz, token, 1
+    rows, tile, target_units = zeros, token, 1
     factor = gap = upstream.ratio
     if descent is None:
         assert terms is not None
@@ -201,17 +229,23 @@ def _level_input(
     launch(
         clustered_softmax_bwd_input_kernel, num_processors(z.device) * token.blocks_per_sm, z,
         level.weight, column, upstream.ratio, upstream.uniform, factor, gap,
-        _mean_row(level, upstream), plan.offsets, plan.order,
-        rows, pointer(descent, z), dz, level.first, level.last, level.num_entries, target_units,
-        **_input_constants(level.rank, tile, token, descent is None),
+        _mean_row(level, upstream) if upstream.has_uniform else zeros, plan.offsets, plan.order,
+        rows, pointer(descent, z), out, z.shape[0], level.first, level.last, level.num_entries, target_units,
+        **_input_constants(level.rank, tile, token, descent is None, add),
         num_warps=token.num_warps, num_stages=token.num_stages,
     )  # fmt: skip
-    return dz
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, where total is fp32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.addmm(total, a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a.float(), b.float())
 
 
 def backward(
     grad_log_prob: Tensor,
-    grad_uniform: Tensor,
+    grad_uniform: Tensor | None,
     input: Tensor,
     target: Tensor,
     weights: Sequence[Tensor],
@@ -223,11 +257,11 @@ def backward(
     ignore_index: int,
     output_mask: Sequence[bool],
     dtype: torch.dtype,
-    descents: Sequence[Tensor] = (),
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, list[Tensor]]:
     """Gradients in ``dtype`` as ``cprec::clustered_softmax_backward``; all floating operands of one dtype.
 
-    ``descents`` are those of the forward pass; without them the rows are computed again.
+    ``kept`` is what the forward pass kept; without it the batch is sorted and the rows are computed again.
     """
     want_input, want_weights, want_projections, want_head_bias, want_tail_biases = output_mask
     levels = levels_of(weights, projections, head_bias, tail_biases)
@@ -235,28 +269,34 @@ def backward(
     d_projections: list[Tensor] = []
     d_biases: list[Tensor] = []
     empty = input.new_empty(0, dtype=dtype)
-    d_packed = torch.zeros(input.shape, dtype=torch.float32, device=input.device)
     d_input = torch.empty(input.shape, dtype=dtype, device=input.device) if want_input else empty
     d_head_bias = empty
     if target.shape[0] == 0:
-        zeros = [torch.zeros_like(weight, dtype=dtype) for weight in weights] if want_weights else []
+        d_weights = [torch.zeros_like(weight, dtype=dtype) for weight in weights] if want_weights else []
         d_projections = [torch.zeros_like(p, dtype=dtype) for p in projections] if want_projections else []
         if want_head_bias and head_bias is not None:
             d_head_bias = torch.zeros_like(head_bias, dtype=dtype)
         d_biases = [torch.zeros_like(bias, dtype=dtype) for bias in tail_biases] if want_tail_biases else []
-        return d_input, zeros, d_projections, d_head_bias, d_biases
-    plan = make_plan(target, levels, ignore_index)
-    upstream = normalise(grad_log_prob, grad_uniform, plan, len(levels))
+        return d_input, d_weights, d_projections, d_head_bias, d_biases
+    descents = kept[: len(levels)]
+    zeros = torch.empty(4 + input.shape[1] + 1, dtype=torch.float32, device=input.device)
+    if kept:
+        order, ids = kept[len(levels) :]
+        plan = plan_of(order, ids, levels, zeros=zeros)
+    else:
+        plan = make_plan(target, levels, ignore_index, zeros=zeros)
+    largest, zeros = zeros[:4], zeros[4:]  # both aligned
+    upstream = normalise(grad_log_prob, grad_uniform, lse_head, lse_tail, plan, largest)
     packed = input.index_select(0, plan.order)
-    lse = [lse_head.index_select(0, plan.order), lse_tail.index_select(0, plan.order)]
+    d_packed = torch.zeros(input.shape if want_input else 0, dtype=torch.float32, device=input.device)
     for j, (level, column) in enumerate(zip(levels, plan.columns, strict=True)):
         z = level.project(packed)
         want_bias = level.bias is not None and (want_head_bias if j == 0 else want_tail_biases)
         terms = None
-        if want_weights or want_bias or not descents:
-            terms = _token_terms(level, plan, column, z, lse[min(j, 1)], upstream)
+        if want_weights or want_bias or not kept:
+            terms = _token_terms(level, plan, column, z, upstream.lse_head if j == 0 else upstream.lse_tail, upstream)
         if terms is not None and (want_weights or want_bias):
-            d_weight, d_bias = level_weight(level, plan, column, z, terms.shifted, terms.value, upstream, dtype)
+            d_weight, d_bias = level_weight(level, plan, column, z, terms.shifted, terms.value, upstream, zeros, dtype)
             if want_weights:
                 d_weights.append(d_weight)
             if want_bias and j == 0:
@@ -265,29 +305,33 @@ def backward(
                 d_biases.append(d_bias)
         if not want_input and (level.projection is None or not want_projections):
             continue
-        dz = _level_input(level, plan, column, z, terms, upstream, descents[j] if descents else None)
+        whole = level.projection is None
+        dz = d_packed if whole else torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        _level_input(level, plan, column, z, terms, upstream, descents[j] if kept else None, zeros, dz, add=whole)
         if level.projection is None:
-            d_packed += dz
             continue
-        dz = dz.to(input.dtype)
         if want_projections:
             d_projections.append((matmul_wide(dz.T, packed) * upstream.scale).to(dtype))
         if want_input:
-            d_packed += matmul_wide(dz, level.projection)
+            d_packed = _add_product(d_packed, dz, level.projection)
     if want_input:
-        d_input.index_copy_(0, plan.order, (d_packed * upstream.scale).to(dtype))
+        count, width = input.numel(), input.shape[1]
+        launch(
+            clustered_softmax_scatter_kernel, -(-count // BLOCK), input,
+            d_packed, plan.order, upstream.scale, d_input, count, D=width, BLOCK=BLOCK, **LAUNCH,
+        )  # fmt: skip
     return d_input, d_weights, d_projections, d_head_bias, d_biases
 
 
 def clustered_softmax_backward(
-    grad_log_prob: Tensor, grad_uniform: Tensor, input: Tensor, target: Tensor, *args: Any
+    grad_log_prob: Tensor, grad_uniform: Tensor | None, input: Tensor, target: Tensor, *args: Any
 ) -> tuple[Any, ...]:
     """The op ``cprec::clustered_softmax_backward``."""
-    *factors, lse_head, lse_tail, descents, ignore_index, arithmetic, output_mask = args
+    *factors, lse_head, lse_tail, kept, ignore_index, arithmetic, output_mask = args
     hidden, weights, projections, head_bias, tail_biases = cast([input, *factors], arithmetic or input.dtype)
     return backward(
         grad_log_prob, grad_uniform, hidden, target, weights, projections, head_bias, tail_biases, lse_head, lse_tail,
-        ignore_index, output_mask, input.dtype, descents,
+        ignore_index, output_mask, input.dtype, kept,
     )  # fmt: skip
 
 
@@ -307,10 +351,10 @@ def _token_constants(rank: int, dtype: torch.dtype, token: configs.Tile, bias: b
     }  # fmt: skip
 
 
-def _input_constants(rank: int, tile: configs.Tile, token: configs.Tile, from_rows: bool) -> dict[str, Any]:
+def _input_constants(rank: int, tile: configs.Tile, token: configs.Tile, from_rows: bool, add: bool) -> dict[str, Any]:
     return {
         "D": rank, "BLOCK_D": padded_rank(rank), "BLOCK_T": tile.block_t, "BLOCK_V": max(tile.block_v, 1),
-        "BLOCK_S": min(token.block_t, tile.block_t), "FROM_ROWS": from_rows,
+        "BLOCK_S": min(token.block_t, tile.block_t), "FROM_ROWS": from_rows, "ADD": add,
     }  # fmt: skip
 
 
@@ -328,11 +372,14 @@ def aot_cases(arch: int) -> AotCases:
             for name, kernel, constants, warps, stages in (
                 ("token", clustered_softmax_bwd_token_kernel, _token_constants(rank, dtype, token, True),
                  token.num_warps, token.num_stages),
-                ("input", clustered_softmax_bwd_input_kernel, _input_constants(rank, rows, token, True),
+                ("input", clustered_softmax_bwd_input_kernel, _input_constants(rank, rows, token, True, False),
                  token.num_warps, token.num_stages),
-                ("input_known", clustered_softmax_bwd_input_kernel, _input_constants(rank, token, token, False),
+                ("input_known", clustered_softmax_bwd_input_kernel, _input_constants(rank, token, token, False, True),
                  token.num_warps, token.num_stages),
                 ("mean", clustered_softmax_bwd_mean_kernel, _mean_constants(rank), MEAN_WARPS, 2),
             ):  # fmt: skip
                 types = pointer_types(dtype, kernel)
                 yield aot_case(f"bwd_{name}/{TYPE_NAMES[dtype]}/{rank}", kernel, types, constants, warps, stages)
+    kernel = clustered_softmax_scatter_kernel
+    types = {"p_rows": "*fp32", "p_order": "*i64", "p_scale": "*fp32", "p_out": "*bf16", "count": "i32"}
+    yield aot_case("softmax_scatter", kernel, types, {"D": 256, "BLOCK": BLOCK}, LAUNCH["num_warps"], 1)

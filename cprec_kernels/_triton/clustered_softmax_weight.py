@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import configs
 from .clustered_softmax import SCALARS, pointer, pointer_types
-from .clustered_softmax_plan import Level, Plan, Upstream
+from .clustered_softmax_plan import BLOCK, LAUNCH, Level, Plan, Upstream
 from .common import (
     DTYPES,
     LOG2E,
@@ -142,7 +142,51 @@ def clustered_softmax_bwd_weight_kernel(
             tl.store(p_bias_grad + place, b_db.to(p_bias_grad.dtype.element_ty), mask=m_v)
 
 
+@triton.jit(do_not_specialize=["num_tokens", "num_entries", "lowest", "tiles", "steps"])
+def clustered_softmax_bounds_kernel(
+    p_keys, p_bounds, num_tokens, num_entries, lowest, tiles, steps, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr
+):
+    """bounds (tiles + 1,): how many of the ascending keys (T,) lie before ``lowest`` + the first entry of every tile."""
+    for i in tl.range(tl.program_id(0), tiles // BLOCK + 1, tl.num_programs(0)):
+        tile = i * BLOCK + tl.arange(0, BLOCK)
+        goal = tl.minimum(tile * BLOCK_V, num_entries) + lowest
+        lo = tl.zeros((BLOCK,), tl.int32)
+        hi = tl.zeros((BLOCK,), tl.int32) + num_tokens
+        for _ in tl.range(0, steps):  # bisection: as many as num_tokens has binary digits
+            middle = (lo + hi) // 2
+            between = lo < hi
+            before = tl.load(p_keys + middle, mask=between, other=0) < goal
+            lo = tl.where(between & before, middle + 1, lo)
+            hi = tl.where(between & ~before, middle, hi)
+        tl.store(p_bounds + tile, lo, mask=tile <= tiles)
+
+
+@triton.jit(do_not_specialize=["count", "splits", "offset"])
+def clustered_softmax_finish_kernel(
+    p_parts, p_common, p_scale, p_out, count, splits, offset, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out (count,) = scale (sum of parts (splits, count) + common), common (D,) from ``offset`` on, repeating."""
+    scale = tl.load(p_scale)
+    for i in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+        o = i * BLOCK + tl.arange(0, BLOCK)
+        m = o < count
+        total = tl.zeros((BLOCK,), tl.float32)
+        for part in tl.range(0, splits):
+            total += tl.load(p_parts + part * count.to(tl.int64) + o, mask=m, other=0.0)
+        total = (total + tl.load(p_common + offset + o % D, mask=m, other=0.0)) * scale
+        tl.store(p_out + o, total.to(p_out.dtype.element_ty), mask=m)
+
+
 # Launches
+
+
+def _common(level: Level, plan: Plan, z: Tensor, upstream: Upstream) -> Tensor:
+    """What every row (D,), and every bias, of a level receives from g2: (D + 1,) fp32."""
+    position = torch.arange(z.shape[0], device=z.device)
+    member = (position >= plan.offsets.select(0, level.first)) & (position < plan.offsets.select(0, level.last))
+    g2 = torch.where(member, upstream.uniform, 0.0)
+    rows = matmul_wide(g2.unsqueeze(0).to(z.dtype), z).squeeze(0)
+    return torch.cat([rows, g2.sum(0, keepdim=True)]) / level.num_entries
 
 
 def level_weight(
@@ -153,12 +197,13 @@ def level_weight(
     shifted: Tensor,
     value: Tensor,
     upstream: Upstream,
+    zeros: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """dW (C, D) and db (C,), or an empty db where there is no bias."""
+    """dW (C, D) and db (C,), or an empty db where there is no bias. ``zeros`` are at least D + 1."""
 
     def run(tile: configs.Tile) -> tuple[Tensor, Tensor]:
-        return _level_weight_with(tile, level, plan, column, z, shifted, value, upstream, dtype)
+        return _level_weight_with(tile, level, plan, column, z, shifted, value, upstream, zeros, dtype)
 
     return run(best_tile("weight", level.rank, z, run))
 
@@ -172,6 +217,7 @@ def _level_weight_with(
     shifted: Tensor,
     value: Tensor,
     upstream: Upstream,
+    zeros: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     device, num_entries = z.device, level.num_entries
@@ -180,13 +226,14 @@ def _level_weight_with(
     # A head of few tiles would leave most of the device idle: its tokens are cut, too, and the parts summed in order.
     splits = max(1, min(programs // entry_tiles, MAX_SPLITS, -(-z.shape[0] // tile.block_t)))
     final = splits == 1
-    position = torch.arange(z.shape[0], device=device)
-    member = (position >= plan.offsets.select(0, level.first)) & (position < plan.offsets.select(0, level.last))
-    g2 = torch.where(member, upstream.uniform, 0.0)
-    common = torch.cat([matmul_wide(g2.unsqueeze(0).to(z.dtype), z).squeeze(0), g2.sum(0, keepdim=True)]) / num_entries
-    starts = (torch.arange(entry_tiles + 1, device=device) * tile.block_v).clamp(max=num_entries)
+    common = _common(level, plan, z, upstream) if upstream.has_uniform else zeros
     keys, lowest = (column, 0) if level.lo == 0 else (plan.ids, level.lo)
-    bounds = torch.searchsorted(keys, (starts + lowest).to(torch.int32), out_int32=True)
+    bounds = torch.empty(entry_tiles + 1, dtype=torch.int32, device=device)
+    launch(
+        clustered_softmax_bounds_kernel, entry_tiles // BLOCK + 1, z,
+        keys, bounds, z.shape[0], num_entries, lowest, entry_tiles, z.shape[0].bit_length(),
+        BLOCK_V=tile.block_v, BLOCK=BLOCK, **LAUNCH,
+    )  # fmt: skip
     has_bias = level.bias is not None
     out = dtype if final else torch.float32
     d_weight = torch.empty(splits, num_entries, level.rank, dtype=out, device=device)
@@ -200,11 +247,22 @@ def _level_weight_with(
     )  # fmt: skip
     if final:
         return d_weight.squeeze(0), d_bias.squeeze(0)
-    d_weight, d_bias = d_weight.sum(0), d_bias.sum(0)
     return (
-        ((d_weight + common.narrow(0, 0, level.rank)) * upstream.scale).to(dtype),
-        ((d_bias + common.select(0, -1)) * upstream.scale).to(dtype),
+        _finish(d_weight, common, 0, level.rank, upstream.scale, dtype),
+        _finish(d_bias, common, level.rank, 1, upstream.scale, dtype),
     )
+
+
+def _finish(parts: Tensor, common: Tensor, offset: int, width: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale (sum of parts over their first dimension + ``width`` numbers of common along the last)."""
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    count = out.numel()
+    if count > 0:
+        launch(
+            clustered_softmax_finish_kernel, -(-count // BLOCK), parts,
+            parts, common, scale, out, count, parts.shape[0], offset, D=width, BLOCK=BLOCK, **LAUNCH,
+        )  # fmt: skip
+    return out
 
 
 def _weight_constants(rank: int, dtype: torch.dtype, tile: configs.Tile, bias: bool, final: bool) -> dict[str, Any]:
@@ -228,3 +286,9 @@ def aot_cases(arch: int) -> AotCases:
                 tile.num_warps,
                 tile.num_stages,
             )
+    for name, kernel, types, constants in (
+        ("bounds", clustered_softmax_bounds_kernel, {"p_keys": "*i32", "p_bounds": "*i32"}, {"BLOCK_V": 64}),
+        ("finish", clustered_softmax_finish_kernel, {"p_out": "*bf16"}, {"D": 256}),
+    ):
+        given = {arg: types.get(arg, "*fp32" if arg.startswith("p_") else "i32") for arg in kernel.arg_names}
+        yield aot_case(f"softmax_{name}", kernel, given, {**constants, "BLOCK": BLOCK}, LAUNCH["num_warps"], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -150,6 +151,9 @@ def check_ids(ids: Tensor, num_items: int, name: str, allowed: int | None = None
     On a device the check is an assertion in the stream: nothing waits for it, and it fails the kernel's stream.
     """
     if ids.numel() == 0:
+        return
+    if ids.device.type == "cuda" and _backend.launches_triton():
+        importlib.import_module("._triton.ids", __package__.rpartition(".")[0]).check(ids, num_items, name, allowed)
         return
     if ids.device.type != "cpu":
         bad = (ids < 0) | (ids >= num_items)

@@ -39,16 +39,16 @@ from .block_embedding import keep
 WEIGHTS = "Tensor[] weights, Tensor[] projections, Tensor? head_bias, Tensor[] tail_biases"
 FORWARD = define(
     f"clustered_softmax(Tensor input, Tensor target, {WEIGHTS}, int ignore_index, bool smooth, ScalarType? arithmetic,"
-    " bool with_descents) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
+    " bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 BACKWARD = define(
-    f"clustered_softmax_backward(Tensor grad_log_prob, Tensor grad_uniform, Tensor input, Tensor target, {WEIGHTS},"
-    " Tensor lse_head, Tensor lse_tail, Tensor[] descents, int ignore_index, ScalarType? arithmetic, bool[5] output_mask)"
+    f"clustered_softmax_backward(Tensor grad_log_prob, Tensor? grad_uniform, Tensor input, Tensor target, {WEIGHTS},"
+    " Tensor lse_head, Tensor lse_tail, Tensor[] kept, int ignore_index, ScalarType? arithmetic, bool[5] output_mask)"
     " -> (Tensor, Tensor[], Tensor[], Tensor, Tensor[])"
 )
 BACKWARD_INTO = define(
-    f"clustered_softmax_backward_into(Tensor grad_log_prob, Tensor grad_uniform, Tensor input, Tensor target, {WEIGHTS},"
-    " Tensor lse_head, Tensor lse_tail, Tensor[] descents, int ignore_index, ScalarType? arithmetic,"
+    f"clustered_softmax_backward_into(Tensor grad_log_prob, Tensor? grad_uniform, Tensor input, Tensor target, {WEIGHTS},"
+    " Tensor lse_head, Tensor lse_tail, Tensor[] kept, int ignore_index, ScalarType? arithmetic,"
     " Tensor(a!)[] d_weights, bool[5] output_mask) -> (Tensor, Tensor[], Tensor, Tensor[])"
 )
 LOG_PROB = define(f"clustered_log_prob(Tensor input, {WEIGHTS}) -> Tensor")
@@ -111,13 +111,13 @@ def check_weights(input: Tensor, weights: Weights) -> None:
 
 
 def _check(input: Tensor, target: Tensor, *args: Any) -> None:
-    *weights, _ignore_index, _smooth, _arithmetic, _with_descents = args
+    *weights, _ignore_index, _smooth, _arithmetic, _keep = args
     check_weights(input, Weights(*weights))
     check_rows(target, input, "target", dim=1)
 
 
 def _check_values(input: Tensor, target: Tensor, *args: Any) -> None:
-    *weights, ignore_index, _smooth, _arithmetic, _with_descents = args
+    *weights, ignore_index, _smooth, _arithmetic, _keep = args
     check_ids(target, Weights(*weights).num_items, "target", allowed=ignore_index)
 
 
@@ -135,19 +135,26 @@ def _reference(input: Tensor, target: Tensor, *args: Any) -> tuple[Any, ...]:
     hidden, *factors = cast_floating([input, *weights], arithmetic)
     log_prob, uniform, lse_head, lse_tail = ref.clustered_softmax(hidden, target, *Weights(*factors), ignore_index)
     uniform = uniform if smooth else torch.zeros_like(uniform)
-    return log_prob, uniform, lse_head.double(), lse_tail.double(), _reference_descents(input, target, *args)
+    return log_prob, uniform, lse_head.double(), lse_tail.double(), _reference_kept(input, target, *args)
 
 
-def _reference_descents(input: Tensor, target: Tensor, *args: Any) -> list[Tensor]:
-    *weights, ignore_index, _smooth, arithmetic, with_descents = args
+def _reference_kept(input: Tensor, target: Tensor, *args: Any) -> list[Tensor]:
+    """What the op keeps for its backward pass: descents (T, d_j) of every level, and the batch in the order of its
+    targets, ignored ones last: places (T,) int64 and targets (T,) int32."""
+    *weights, ignore_index, _smooth, arithmetic, wanted = args
+    if not wanted:
+        return []
     hidden, *factors = cast_floating([input, *weights], arithmetic)
-    return ref.clustered_softmax_descents(hidden, target, *Weights(*factors), ignore_index) if with_descents else []
+    keys = torch.where(target == ignore_index, torch.iinfo(torch.int32).max, target).to(torch.int32)
+    ids, order = torch.sort(keys, stable=True)
+    return [*ref.clustered_softmax_descents(hidden, target, *Weights(*factors), ignore_index), order, ids]
 
 
 def _reference_backward(
-    grad_log_prob: Tensor, grad_uniform: Tensor, input: Tensor, target: Tensor, *args: Any
+    grad_log_prob: Tensor, grad_uniform: Tensor | None, input: Tensor, target: Tensor, *args: Any
 ) -> tuple[Any, ...]:
-    *weights, lse_head, lse_tail, _descents, ignore_index, arithmetic, output_mask = args
+    *weights, lse_head, lse_tail, _kept, ignore_index, arithmetic, output_mask = args
+    grad_uniform = torch.zeros_like(grad_log_prob) if grad_uniform is None else grad_uniform
     hidden, *factors = cast_floating([input, *weights], arithmetic)
     wide = accumulate_dtype(hidden.dtype)
     gradients = ref.clustered_softmax_backward(
@@ -165,13 +172,14 @@ def _reference_backward_into(*args: Any) -> tuple[Any, ...]:
     return d_input, *rest
 
 
-# The CPU's kernels know no descents: their backward pass has the logits of a block at hand for all gradients.
+# The CPU's kernels have no use for what is kept: their backward pass has the logits of a block at hand for all gradients.
 def _native(*args: Any) -> tuple[Any, ...]:
-    return *torch.ops.cprec_native.clustered_softmax(*args[:-1]), _reference_descents(*args)
+    return *torch.ops.cprec_native.clustered_softmax(*args[:-1]), _reference_kept(*args)
 
 
-def _native_backward(op: str, *args: Any) -> Any:
-    return getattr(torch.ops.cprec_native, op)(*args[:10], *args[11:])
+def _native_backward(op: str, grad_log_prob: Tensor, grad_uniform: Tensor | None, *args: Any) -> Any:
+    grad_uniform = torch.zeros_like(grad_log_prob) if grad_uniform is None else grad_uniform
+    return getattr(torch.ops.cprec_native, op)(grad_log_prob, grad_uniform, *args[:8], *args[9:])
 
 
 # Half precision is multiplied as it is (on the CPU, fp16 widened) and summed in fp32.
@@ -217,18 +225,23 @@ LIBRARY.impl(LOG_PROB, _log_prob, "CompositeImplicitAutograd")
 
 def _fake(input: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     _check(input, target, *args)
-    weights, *_, arithmetic, with_descents = args
+    weights, *_, arithmetic, keep = args
     wide = accumulate_dtype(input.dtype)
     log_prob, uniform, lse_head, lse_tail = (
         torch.empty_like(target, dtype=dtype, memory_format=torch.contiguous_format)
         for dtype in (wide, wide, torch.float64, torch.float64)
     )
-    descents = [input.new_empty(input.shape[0], weight.shape[1]) for weight in weights if with_descents]
-    return log_prob, uniform, lse_head, lse_tail, cast_floating(descents, arithmetic)
+    kept = [input.new_empty(input.shape[0], weight.shape[1], dtype=arithmetic) for weight in weights if keep]
+    if keep:
+        kept += [
+            torch.empty_like(target, memory_format=torch.contiguous_format),
+            target.new_empty(target.shape, dtype=torch.int32),
+        ]
+    return log_prob, uniform, lse_head, lse_tail, kept
 
 
 def _fake_backward(
-    grad_log_prob: Tensor, grad_uniform: Tensor, input: Tensor, target: Tensor, *args: Any
+    grad_log_prob: Tensor, grad_uniform: Tensor | None, input: Tensor, target: Tensor, *args: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, list[Tensor]]:
     weights, projections, head_bias, tail_biases, *_, output_mask = args
     want_input, want_weights, want_projections, want_head_bias, want_tail_biases = output_mask
@@ -268,24 +281,24 @@ fake(SCORE, _fake_score)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, _, weights, projections, head_bias, tail_biases, ctx.ignore_index, _, ctx.arithmetic, _ = inputs
-    _, _, lse_head, lse_tail, descents = output
-    ctx.mark_non_differentiable(lse_head, lse_tail, *descents)
-    ctx.set_materialize_grads(False)  # zeros for the descents would be written for nobody
+    _, _, lse_head, lse_tail, kept = output
+    ctx.mark_non_differentiable(lse_head, lse_tail, *kept)
+    ctx.set_materialize_grads(False)  # zeros for what is kept would be written for nobody
     ctx.counts = len(weights), len(projections), len(tail_biases)
-    ctx.save_for_backward(*inputs[:2], lse_head, lse_tail, head_bias, *weights, *projections, *tail_biases, *descents)
+    ctx.save_for_backward(*inputs[:2], lse_head, lse_tail, head_bias, *weights, *projections, *tail_biases, *kept)
 
 
 def _backward(ctx: Any, grad_log_prob: Tensor | None, grad_uniform: Tensor | None, *_: Any) -> tuple[Any, ...]:
     input, target, lse_head, lse_tail, head_bias, *rest = ctx.saved_tensors
     rest = iter(rest)
     weights, projections, tail_biases = (list(itertools.islice(rest, count)) for count in ctx.counts)
-    descents = list(rest)
-    zeros = torch.zeros_like(lse_head, dtype=accumulate_dtype(input.dtype))
-    grad_log_prob, grad_uniform = (zeros if grad is None else grad for grad in (grad_log_prob, grad_uniform))
+    kept = list(rest)
+    if grad_log_prob is None:
+        grad_log_prob = torch.zeros_like(lse_head, dtype=accumulate_dtype(input.dtype))
     need_input, _, need_weights, need_projections, need_head_bias, need_tail_biases, *_ = ctx.needs_input_grad
     args = (
         grad_log_prob, grad_uniform, input, target, weights, projections, head_bias, tail_biases,
-        lse_head, lse_tail, descents, ctx.ignore_index, ctx.arithmetic,
+        lse_head, lse_tail, kept, ctx.ignore_index, ctx.arithmetic,
     )  # fmt: skip
     mask = [need_input, any(need_weights), any(need_projections), need_head_bias, any(need_tail_biases)]
     in_place = gradients_in_place(weights) if all(need_weights) else None
@@ -319,9 +332,9 @@ not_twice_differentiable(BACKWARD)
 def _autocast_forward(overload: Any, dtype: torch.dtype, input: Tensor, target: Tensor, *args: Any) -> Any:
     # The weights stay as they are, and so do their gradients: narrow copies of large tables would cost more than they
     # save, and the kernels narrow a block at a time. Results stay in fp32.
-    weights, *rest, _, with_descents = args
-    kept = weights[0].dtype
-    return overload(input.to(kept), target, *cast_floating([weights, *rest], kept), dtype, with_descents)
+    weights, *rest, _, keep = args
+    own = weights[0].dtype
+    return overload(input.to(own), target, *cast_floating([weights, *rest], own), dtype, keep)
 
 
 def _autocast(overload: Any, dtype: torch.dtype, *args: Any) -> Any:
@@ -337,17 +350,17 @@ autocast(SCORE, _autocast)
 
 
 # Devices whose kernels get the descents almost for nothing, and spare the backward pass a scan of the weights with them.
-DESCENT_DEVICES = ("cuda",)
+KEEPING_DEVICES = ("cuda",)
 
 
-def wants_descents(input: Tensor, weights: Weights) -> bool:
-    """Whether the forward pass had better return the descents: dz will be asked for, and Triton is to serve.
+def wants_kept(input: Tensor, weights: Weights) -> bool:
+    """Whether the forward pass had better keep descents and order: dz will be asked for, and Triton is to serve.
 
     Decided here, where grad mode is known, from what torch.compile can follow. Every implementation obeys: where another
     one serves after all, it computes them and its backward pass does without.
     """
     needed = input.requires_grad or any(projection.requires_grad for projection in weights.projections)
-    served = input.device.type in DESCENT_DEVICES and weights.weights[0].dtype in NATIVE_DTYPES
+    served = input.device.type in KEEPING_DEVICES and weights.weights[0].dtype in NATIVE_DTYPES
     return torch.is_grad_enabled() and needed and served and _backend.get_backend() in ("auto", "triton")
 
 
@@ -362,7 +375,7 @@ def clustered_target_log_prob(
     """
     check_leading(target, input, "target", 0)
     log_prob, uniform, *_ = torch.ops.cprec.clustered_softmax(
-        as_rows(input), target.reshape(-1), *weights.args(), ignore_index, smooth, None, wants_descents(input, weights)
+        as_rows(input), target.reshape(-1), *weights.args(), ignore_index, smooth, None, wants_kept(input, weights)
     )
     return log_prob.reshape(target.shape), uniform.reshape(target.shape)
 

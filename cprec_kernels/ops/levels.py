@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference.common import accumulate_dtype, pair_projections
 from ._library import as_rows, cast_floating, check_ids, check_leading, check_rows
-from .clustered_softmax import Weights, check_weights, wants_descents
+from .clustered_softmax import Weights, check_weights, wants_kept
 
 _IGNORED = -100
 
@@ -92,7 +92,7 @@ def _level(
     level = Weights([weight], [] if projection is None else [projection], bias)
     own = torch.where(member, column, _IGNORED)
     log_prob, uniform, lse, *_ = torch.ops.cprec.clustered_softmax(
-        rows, own, *level.args(), _IGNORED, True, None, wants_descents(rows, level)
+        rows, own, *level.args(), _IGNORED, True, None, wants_kept(rows, level)
     )
     place = torch.where(member, column, 0)
     with contextlib.nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):

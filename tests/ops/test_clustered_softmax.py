@@ -175,15 +175,16 @@ def test_descents_are_the_gradient_without_the_upstream_one(case, cpu_backend):
     weights = make_softmax(case.partition, torch.float64)
     hidden, target = inputs(case.partition, torch.float64, (40,))
     hidden.requires_grad_()
-    log_prob, *_, descents = torch.ops.cprec.clustered_softmax(
-        hidden, target, *weights.args(), IGNORE, False, None, True
-    )
+    log_prob, *_, kept = torch.ops.cprec.clustered_softmax(hidden, target, *weights.args(), IGNORE, False, None, True)
     (expected,) = torch.autograd.grad(-log_prob.sum(), hidden)
-    assert not any(descent.requires_grad for descent in descents)
+    *descents, order, ids = kept
+    assert not any(tensor.requires_grad for tensor in kept)
     levels = ref.levels_of(*weights)
     through = (
         d if level.projection is None else d @ level.projection for d, level in zip(descents, levels, strict=True)
     )
+    assert torch.equal(ids, torch.where(target == IGNORE, 2**31 - 1, target)[order].int())
+    assert (ids.diff() >= 0).all()
     torch.testing.assert_close(sum(through), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -241,22 +242,22 @@ def test_a_second_derivative_is_refused_clearly(cpu_backend):
 # 4 opcheck
 
 
-@pytest.mark.parametrize("with_descents", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_opcheck(case, bias, with_descents):
+def test_opcheck(case, bias, keep):
     weights = copy_weights(make_softmax(case.partition, bias=bias), torch.float32, requires_grad=True)
     hidden, target = inputs(case.partition, shape=(20,))
     torch.library.opcheck(
         torch.ops.cprec.clustered_softmax.default,
-        (hidden.requires_grad_(), target, *weights.args(), IGNORE, True, None, with_descents),
+        (hidden.requires_grad_(), target, *weights.args(), IGNORE, True, None, keep),
     )
     plain = copy_weights(weights, torch.float32)
     args = hidden.detach(), target, *plain.args()
-    saved = torch.ops.cprec.clustered_softmax(*args, IGNORE, True, None, with_descents)[2:]
+    saved = torch.ops.cprec.clustered_softmax(*args, IGNORE, True, None, keep)[2:]
     for mask in ([True] * 5, [False, True, False, False, True]):
         torch.library.opcheck(
             torch.ops.cprec.clustered_softmax_backward.default,
-            (torch.randn(20), torch.randn(20), *args, *saved, IGNORE, None, mask),
+            (torch.randn(20), torch.randn(20) if all(mask) else None, *args, *saved, IGNORE, None, mask),
         )
     # Fake and real results must agree in strides for parameters that are not contiguous, too.
     transposed = plain._replace(
@@ -307,8 +308,8 @@ def test_compile_fullgraph_with_gradients():
 def test_fake_results_have_the_real_ones_shapes(case, arithmetic, cpu_backend):
     weights = make_softmax(case.partition)
     hidden, target = inputs(case.partition, shape=(20,))
-    for with_descents in (False, True):
-        options = IGNORE, True, arithmetic, with_descents
+    for keep in (False, True):
+        options = IGNORE, True, arithmetic, keep
         real = torch.ops.cprec.clustered_softmax(hidden, target, *weights.args(), *options)
         with FakeTensorMode() as mode:
             args = [mode.from_tensor(tensor) for tensor in (hidden, target)]
@@ -319,9 +320,9 @@ def test_fake_results_have_the_real_ones_shapes(case, arithmetic, cpu_backend):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
-def test_a_training_step_in_one_graph_with_descents(epsilon, monkeypatch):
+def test_a_training_step_in_one_graph_keep(epsilon, monkeypatch):
     """As on a device: the choice follows grad mode and who needs a gradient, within the graph too."""
-    monkeypatch.setattr("cprec_kernels.ops.clustered_softmax.DESCENT_DEVICES", ("cpu",))
+    monkeypatch.setattr("cprec_kernels.ops.clustered_softmax.KEEPING_DEVICES", ("cpu",))
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
     weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
     hidden, target = inputs(partition)

@@ -17,6 +17,9 @@ from cprec_kernels._triton import (
     clustered_softmax_backward as backward_kernels,
 )
 from cprec_kernels._triton import (
+    clustered_softmax_plan as plan_kernels,
+)
+from cprec_kernels._triton import (
     clustered_softmax_weight as weight_kernels,
 )
 from cprec_kernels._triton import common, configs
@@ -31,7 +34,7 @@ from cprec_kernels.testing import (
     weight_tensors,
 )
 
-MODULES = (kernels, backward_kernels, weight_kernels)
+MODULES = (kernels, backward_kernels, plan_kernels, weight_kernels)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORE = -100
 ALL = [True] * 5
@@ -62,9 +65,9 @@ def flat(gradients):
 
 def run(hidden, target, weights, g1, g2, with_rows=False, mask=ALL, ignore=IGNORE):
     """log_prob, uniform and the log-sum-exps; all gradients."""
-    *results, descents = kernels.forward(hidden, target, *weights, ignore, True, with_rows)
+    *results, kept = kernels.forward(hidden, target, *weights, ignore, True, with_rows)
     gradients = backward_kernels.backward(
-        g1, g2, hidden, target, *weights, *results[2:], ignore, mask, hidden.dtype, descents
+        g1, g2, hidden, target, *weights, *results[2:], ignore, mask, hidden.dtype, kept
     )
     return results, flat(gradients)
 
@@ -134,11 +137,14 @@ def test_upstream_gradients_of_any_sign_and_size(dtype, with_rows, poison):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_descents(case, dtype, poison):
-    """In the batch's order, so that an op of any backend can take them; zero for tokens of other levels."""
+def test_what_is_kept(case, dtype, poison):
+    """Descents in the batch's order, so that an op of any backend can take them, zero for tokens of other levels; order."""
     weights = make_softmax(case.partition, dtype)
     args = inputs(case.partition, dtype)
-    ours = kernels.forward(*args, *weights, IGNORE, False, True)[-1]
+    *ours, order, ids = kernels.forward(*args, *weights, IGNORE, False, True)[-1]
+    keys = torch.where(args[1] == IGNORE, 2**31 - 1, args[1])
+    assert torch.equal(order, keys.sort(stable=True).indices)
+    assert torch.equal(ids, keys[order].int())
     base = ref.clustered_softmax_descents(*args, *weights, IGNORE)
     truth = ref.clustered_softmax_descents(args[0].double(), args[1], *copy_weights(weights, torch.float64), IGNORE)
     for j, (a, b, t) in enumerate(zip(ours, base, truth, strict=True)):
@@ -146,6 +152,52 @@ def test_descents(case, dtype, poison):
         assert_accurate(a, b, t, dtype, f"level {j}")
         assert torch.count_nonzero(a[(t == 0).all(1)]) == 0
     assert kernels.forward(*args, *weights, IGNORE, False, False)[-1] == []
+
+
+def test_plan_of_many_clusters(poison):
+    """As many as there may be, among them clusters without a token, and a batch of one."""
+    sizes = [7, 1, 3, 2, 5, 1, 1, 4]
+    cutoffs = torch.tensor(sizes).cumsum(0).tolist()
+    partition = Partition(cutoffs[-1], cutoffs[:-1], [8] * len(sizes), 8)
+    levels = plan_kernels.levels_of(*make_softmax(partition))
+    for target in (make_targets(partition, (60,)), torch.tensor([cutoffs[-1] - 1]), torch.tensor([IGNORE])):
+        plan = plan_kernels.make_plan(target, levels, IGNORE)
+        keys = torch.where(target == IGNORE, 2**31 - 1, target)
+        assert torch.equal(plan.ids, keys.sort().values.int())
+        edges = torch.tensor([0, *cutoffs])
+        assert plan.offsets.tolist() == torch.searchsorted(plan.ids.long(), edges).tolist()
+        counted = plan.ids[: plan.offsets[-1]].long()
+        cluster = torch.searchsorted(edges, counted, right=True) - 1
+        head = torch.where(cluster == 0, counted, sizes[0] + cluster - 1)
+        assert torch.equal(plan.columns[0][: len(counted)].long(), head)
+        assert (plan.columns[0][len(counted) :] == 2**31 - 1).all()
+        for j in range(1, len(sizes)):
+            assert torch.equal(plan.columns[j], plan.ids - edges[j].int())
+
+
+@pytest.mark.parametrize("with_rows", [False, True], ids=["two-pass", "one-pass"])
+def test_no_gradient_of_the_second_result_is_one_of_zeros(with_rows, case, poison):
+    weights, args = make_softmax(case.partition), inputs(case.partition)
+    g1 = upstream(COUNT)[0].expand(COUNT)
+    for a, b in zip(
+        run(*args, weights, g1, None, with_rows)[1],
+        run(*args, weights, g1, torch.zeros(COUNT), with_rows)[1],
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_bounds_are_those_of_a_bisection():
+    for count, entries, lowest in ((1, 1, 0), (37, 100, 5), (64, 2000, 1000)):
+        keys = torch.randint(lowest, lowest + entries + 3, (count,), dtype=torch.int32).sort().values
+        tiles = -(-entries // 16)
+        bounds = torch.empty(tiles + 1, dtype=torch.int32)
+        common.launch(
+            weight_kernels.clustered_softmax_bounds_kernel, 1, keys,
+            keys, bounds, count, entries, lowest, tiles, count.bit_length(), BLOCK_V=16, BLOCK=1024,
+        )  # fmt: skip
+        edges = (torch.arange(tiles + 1) * 16).clamp(max=entries) + lowest
+        assert torch.equal(bounds, torch.searchsorted(keys, edges.int(), out_int32=True))
 
 
 TILES = {
@@ -262,9 +314,9 @@ def test_only_wanted_gradients(mask, with_rows):
     weights = make_softmax(SMALL)
     hidden, target = inputs(SMALL)
     g1, g2 = upstream(COUNT)
-    *results, descents = kernels.forward(hidden, target, *weights, IGNORE, True, with_rows)
+    *results, kept = kernels.forward(hidden, target, *weights, IGNORE, True, with_rows)
     args = (g1, g2, hidden, target, *weights, *results[2:], IGNORE)
-    everything, ours = (backward_kernels.backward(*args, m, torch.float32, descents) for m in (ALL, mask))
+    everything, ours = (backward_kernels.backward(*args, m, torch.float32, kept) for m in (ALL, mask))
     for got, whole, wanted in zip(ours, everything, mask, strict=True):
         got, whole = ([x] if isinstance(x, torch.Tensor) else x for x in (got, whole))
         if wanted:
@@ -315,7 +367,7 @@ def test_nothing_is_read_by_the_host(monkeypatch):
             assert [g.shape for g in gradients] == [
                 g.shape for g in (hidden, *weights.weights, *weights.projections, weights.head_bias, *weights.tail_biases)
             ]  # fmt: skip
-    assert len(set(launched)) == 6
+    assert len(set(launched)) == 13
 
 
 @pytest.mark.parametrize("with_rows", [False, True], ids=["two-pass", "one-pass"])
@@ -325,9 +377,9 @@ def test_the_ops_agree_with_the_reference_under_autocast(with_rows):
     hidden, target = inputs(SMALL)
     g1, g2 = upstream(COUNT, "smooth")
     narrow = torch.bfloat16
-    *results, descents = kernels.clustered_softmax(hidden, target, *weights.args(), IGNORE, True, narrow, with_rows)
-    assert [d.dtype for d in descents] == [narrow] * 3 * with_rows
-    args = (g1, g2, hidden, target, *weights.args(), *results[2:], descents, IGNORE, narrow)
+    *results, kept = kernels.clustered_softmax(hidden, target, *weights.args(), IGNORE, True, narrow, with_rows)
+    assert [k.dtype for k in kept] == [*[narrow] * 3, torch.int64, torch.int32] * with_rows
+    args = (g1, g2, hidden, target, *weights.args(), *results[2:], kept, IGNORE, narrow)
     gradients = backward_kernels.clustered_softmax_backward(*args, ALL)
     truth = run_reference(hidden, target, weights, g1, g2, torch.float64)
     base = run_reference(hidden.to(narrow), target, copy_weights(weights, narrow), g1, g2)
@@ -416,9 +468,9 @@ def test_ranks_beyond_the_kernels_go_to_the_reference_unless_triton_was_asked_fo
     hidden, target = inputs(partition, count=3)
     args = (hidden, target, *weights.args(), IGNORE, True, None, True)
     call = _backend.choose("clustered_softmax", "cuda", torch.float32).implementation.call
-    log_prob, *_, descents = call(*args)
+    log_prob, *_, kept = call(*args)
     torch.testing.assert_close(log_prob, ref.clustered_softmax(hidden, target, *weights, IGNORE)[0])
-    torch.testing.assert_close(descents, ref.clustered_softmax_descents(hidden, target, *weights, IGNORE))
+    torch.testing.assert_close(kept[:-2], ref.clustered_softmax_descents(hidden, target, *weights, IGNORE))
     with use_backend("triton"), pytest.raises(_backend.BackendError, match="rank 600 is above 512"):
         call(*args)
 
