@@ -383,7 +383,7 @@ def tune(device: str, sizes: tuple[Size, ...], emit: Emit, folder: Path) -> None
 
 def launches(call: Callable[[], object], device: str) -> list[tuple[str, float]]:
     """Name and ms of every kernel (and fill and copy) of a call, in order; off a device, of torch's operators."""
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     call()

@@ -236,13 +236,6 @@ def _level_input(
     )  # fmt: skip
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b, where total is fp32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.addmm(total, a, b, out_dtype=torch.float32)
-    return torch.addmm(total, a.float(), b.float())
-
-
 def backward(
     grad_log_prob: Tensor,
     grad_uniform: Tensor | None,
@@ -313,7 +306,7 @@ def backward(
         if want_projections:
             d_projections.append((matmul_wide(dz.T, packed) * upstream.scale).to(dtype))
         if want_input:
-            d_packed = _add_product(d_packed, dz, level.projection)
+            d_packed += matmul_wide(dz, level.projection)
     if want_input:
         count, width = input.numel(), input.shape[1]
         launch(

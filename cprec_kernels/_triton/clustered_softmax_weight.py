@@ -205,7 +205,7 @@ def level_weight(
     def run(tile: configs.Tile) -> tuple[Tensor, Tensor]:
         return _level_weight_with(tile, level, plan, column, z, shifted, value, upstream, zeros, dtype)
 
-    return run(best_tile("weight", level.rank, z, run))
+    return run(best_tile("weight_unbiased" if level.bias is None else "weight", level.rank, z, run))
 
 
 def _level_weight_with(
@@ -274,18 +274,16 @@ def _weight_constants(rank: int, dtype: torch.dtype, tile: configs.Tile, bias: b
 
 
 def aot_cases(arch: int) -> AotCases:
-    """Every entry of the table for an architecture (80, 90 or 100), with bias, which needs the most registers."""
+    """Every entry of the tables for an architecture (80, 90 or 100)."""
+    kernel = clustered_softmax_bwd_weight_kernel
     for dtype in DTYPES:
         for rank in configs.BLOCK_DS:
-            tile = configs.tile_for("weight", rank, dtype, arch)
-            yield aot_case(
-                f"weight/{TYPE_NAMES[dtype]}/{rank}",
-                clustered_softmax_bwd_weight_kernel,
-                pointer_types(dtype, clustered_softmax_bwd_weight_kernel),
-                _weight_constants(rank, dtype, tile, True, True),
-                tile.num_warps,
-                tile.num_stages,
-            )
+            for name in ("weight", "weight_unbiased"):
+                tile = configs.tile_for(name, rank, dtype, arch)
+                constants = _weight_constants(rank, dtype, tile, name == "weight", True)
+                types = pointer_types(dtype, kernel)
+                case = f"{name}/{TYPE_NAMES[dtype]}/{rank}"
+                yield aot_case(case, kernel, types, constants, tile.num_warps, tile.num_stages)
     for name, kernel, types, constants in (
         ("bounds", clustered_softmax_bounds_kernel, {"p_keys": "*i32", "p_bounds": "*i32"}, {"BLOCK_V": 64}),
         ("finish", clustered_softmax_finish_kernel, {"p_out": "*bf16"}, {"D": 256}),

@@ -1,9 +1,8 @@
 """Tile shapes of every kernel: data, keyed by kernel, padded rank, bytes of an operand and architecture.
 
-Where a number comes from is said beside it. No entry has been timed: the tiles were chosen by what ptxas made of them
-(registers, spills, shared memory and instructions per logit, with bias), most of them for sm_90 and bf16 or fp32, and the
-first run on a GPU is to replace them by measured ones. :func:`override` is the door for experiments and for tests,
-tuning.py times alternatives on request.
+Where a number comes from is said beside it. Those of the loss for 16-bit operands were timed; all others were chosen by
+what ptxas made of them (registers, spills, shared memory and instructions per logit, with bias), most of them for sm_90.
+:func:`override` is the door for experiments and for tests, tuning.py times alternatives on request.
 """
 
 from __future__ import annotations
@@ -39,20 +38,24 @@ class Tile:
 
 Key = tuple[str, int, int]  # kernel, padded rank, bytes per element
 
-# 16-bit operands. 256-token tiles halve the weight's traffic of the log-sum-exp pass, which has one product per byte.
-# 8 warps from 128 tokens on: 4 warps spill at rank 256. 16-bit tiles of 32 tokens miss
-# wgmma on sm_90: they are for rank 512 alone, where 64 tokens spill.
+# 16-bit operands, ranks 16 to 256: the fastest of 25 tiles (of 8 for scan_lse) on an H200 in bf16, without bias, of those
+# that neither Triton spills with one. docs/gpu-status.md has the times. 8 warps at rank 256: 4 spill. 16-bit tiles of 32
+# tokens miss wgmma on sm_90: they are for rank 512 alone, where 64 tokens spill.
 _SCAN_LSE = {
-    16: Tile(128, 128, 8, 3, 2), 32: Tile(128, 128, 8, 3, 2), 64: Tile(128, 128, 8, 3, 2),
-    128: Tile(256, 128, 8, 2, 1), 256: Tile(128, 64, 8, 2, 1), 512: Tile(64, 64, 8, 2, 1),
+    16: Tile(64, 128, 4, 2, 4), 32: Tile(64, 128, 4, 2, 4), 64: Tile(64, 128, 4, 2, 4),
+    128: Tile(128, 128, 8, 2, 2), 256: Tile(128, 128, 8, 2, 1), 512: Tile(64, 64, 8, 2, 1),
 }  # fmt: skip
 # The expected row holds block_t x rank accumulators beside the logits: registers, not shared memory, bound these tiles.
 _SCAN_ROWS = {
-    16: Tile(64, 128, 4, 3, 2), 32: Tile(64, 64, 4, 3, 3), 64: Tile(64, 64, 4, 3, 3),
-    128: Tile(128, 64, 8, 2, 1), 256: Tile(128, 64, 8, 2, 1), 512: Tile(32, 64, 8, 2, 1),
+    16: Tile(64, 128, 4, 2, 3), 32: Tile(64, 128, 4, 3, 3), 64: Tile(64, 128, 4, 3, 2),
+    128: Tile(64, 128, 4, 2, 2), 256: Tile(128, 64, 8, 3, 1), 512: Tile(32, 64, 8, 2, 1),
 }  # fmt: skip
-# Transposed from rank 64 on: below it the log-sum-exps along columns cost more registers than the transpose saves. With a
-# bias, 64 x 128 at rank 256 spills outside its loop (15 instructions per logit instead of 18): worth a try on a GPU.
+_WEIGHT_UNBIASED = {
+    16: Tile(64, 128, 4, 3, 2), 32: Tile(64, 128, 4, 3, 2), 64: Tile(64, 64, 4, 3, 3),
+    128: Tile(64, 64, 4, 3, 2), 256: Tile(128, 64, 8, 2, 1), 512: Tile(32, 64, 8, 2, 1),
+}  # fmt: skip
+# The gradient of the bias wants another row of registers, for which these tiles spill: untimed ones, transposed from rank 64
+# on. Below it the log-sum-exps along columns cost more registers than the transpose saves.
 _WEIGHT = {
     16: Tile(128, 64, 4, 3, 3), 32: Tile(64, 64, 4, 3, 3), 64: Tile(64, 128, 8, 3, 1, True),
     128: Tile(64, 64, 4, 2, 2, True), 256: Tile(32, 128, 8, 2, 1, True), 512: Tile(32, 64, 8, 2, 1),
@@ -98,6 +101,7 @@ TABLE: dict[Key, Tile] = {
         "scan_lse": {2: _SCAN_LSE, 4: _SCAN_LSE_FP32},
         "scan_rows": {2: _SCAN_ROWS, 4: _SCAN_ROWS_FP32},
         "weight": {2: _WEIGHT, 4: _WEIGHT_FP32},
+        "weight_unbiased": {2: _WEIGHT_UNBIASED, 4: _WEIGHT_FP32},
         "token": {2: _TOKEN, 4: _TOKEN},
         "topk_bound": {2: _TOPK_BOUND, 4: _TOPK_FP32},
         "topk_append": {2: _TOPK_APPEND, 4: _TOPK_FP32},
@@ -110,15 +114,25 @@ TABLE: dict[Key, Tile] = {
 }
 # Where an architecture needs another tile than TABLE's: sm_80 has 163 KiB of shared memory per block, sm_90 227.
 BY_ARCHITECTURE: dict[tuple[int, Key], Tile] = {
-    (80, ("scan_lse", 128, 2)): Tile(128, 128, 8, 2, 1),  # 256 tokens spill in the loop without wgmma
+    # The tiles of sm_80 come from what ptxas made of them alone.
+    **{(80, ("scan_lse", rank, 2)): Tile(128, 128, 8, 3, 2) for rank in (16, 32, 64)},
+    (80, ("scan_lse", 128, 2)): Tile(128, 128, 8, 2, 1),
+    (80, ("scan_lse", 256, 2)): Tile(128, 64, 8, 2, 1),
     (80, ("scan_lse", 512, 2)): Tile(64, 32, 8, 2, 1),  # 192 KiB at 64 entries
     # Without wgmma the operands of these products are in registers, and larger tiles spill.
     (80, ("scan_lse", 64, 4)): Tile(32, 64, 4, 2, 3),
     (80, ("scan_lse", 128, 4)): Tile(32, 64, 8, 2, 1),
     (80, ("scan_rows", 64, 4)): Tile(32, 64, 4, 2, 2),
+    (80, ("scan_rows", 16, 2)): Tile(64, 128, 4, 3, 2),
+    **{(80, ("scan_rows", rank, 2)): Tile(64, 64, 4, 3, 3) for rank in (32, 64)},
+    (80, ("scan_rows", 128, 2)): Tile(128, 64, 8, 2, 1),
     (80, ("scan_rows", 256, 2)): Tile(64, 64, 8, 2, 1),
-    (80, ("weight", 64, 4)): Tile(32, 32, 4, 2, 2, True),
-    (80, ("weight", 256, 2)): Tile(64, 64, 8, 2, 1, True),
+    **{
+        (80, (kernel, rank, itemsize)): tile
+        for kernel in ("weight", "weight_unbiased")
+        for rank, itemsize, tile in ((64, 4, Tile(32, 32, 4, 2, 2, True)), (256, 2, Tile(64, 64, 8, 2, 1, True)))
+    },
+    **{(80, ("weight_unbiased", rank, 2)): _WEIGHT[rank] for rank in (16, 32, 64, 128)},
     # Without wgmma both operands pass through registers.
     **{
         (80, (kernel, rank, 2)): tile

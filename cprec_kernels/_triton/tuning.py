@@ -78,7 +78,7 @@ def alternatives(kernel: str, tile: Tile) -> list[Tile]:
     all the same is passed over. A matrix instruction of sm_90 wants 64 tokens, so no tile is cut below that.
     """
     changes: list[dict[str, Any]] = []
-    if kernel == "weight":
+    if kernel in ("weight", "weight_unbiased"):
         changes.append({"transposed": not tile.transposed})
     if tile.block_v >= 64:
         changes.append({"block_v": tile.block_v // 2})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -121,6 +124,24 @@ def test_a_compiled_step(mode, smoothing):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         with torch.no_grad():
             torch.testing.assert_close(compiled(ids, target), expected[0], rtol=1e-5, atol=1e-6)
+
+
+BAD_IDS = """
+import torch
+from cprec_kernels import Partition
+from cprec_kernels.nn import BlockEmbedding
+ids = torch.full((5000,), 7, device="cuda")
+ids[4321] = 100
+BlockEmbedding(Partition(100, [10], [8, 4], 8), device="cuda")(ids)
+torch.cuda.synchronize()
+"""
+
+
+def test_an_id_out_of_range_stops_the_stream():
+    """In a process of its own: a device that stopped serves nobody any more."""
+    done = subprocess.run([sys.executable, "-c", BAD_IDS], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "ids holds an id outside 0..num_items - 1" in done.stdout + done.stderr
 
 
 def test_another_stream():

@@ -43,6 +43,7 @@ TINY = {
     "scan_lse": Tile(16, 16, 4, 1),
     "scan_rows": Tile(16, 16, 4, 1),
     "weight": Tile(16, 16, 4, 1),
+    "weight_unbiased": Tile(16, 16, 4, 1),
     "token": Tile(16, 0, 4, 1),
 }
 SMALL = Partition(100, [10, 50], [8, 4, 2], 8)
@@ -479,5 +480,5 @@ def test_tables_have_a_tile_for_every_rank_dtype_and_architecture():
     for rank in range(1, common.MAX_RANK + 1):
         for dtype in DTYPES:
             for arch in (*configs.ARCHITECTURES, 86, 89, 103, 120):
-                for kernel in ("scan_lse", "scan_rows", "weight", "token"):
+                for kernel in ("scan_lse", "scan_rows", "weight", "weight_unbiased", "token"):
                     assert configs.tile_for(kernel, rank, dtype, arch).block_t >= 16

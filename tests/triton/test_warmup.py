@@ -24,6 +24,7 @@ TINY = {
     "scan_lse": Tile(16, 16, 4, 1),
     "scan_rows": Tile(16, 32, 4, 1),
     "weight": Tile(16, 16, 4, 1),
+    "weight_unbiased": Tile(16, 16, 4, 1),
     "token": Tile(16, 0, 4, 1),
 }
 
