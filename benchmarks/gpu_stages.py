@@ -310,9 +310,10 @@ def _providers(size: Size, dtype: torch.dtype, device: str) -> Iterator[tuple[st
 def execution(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
     """``pytest -m gpu`` (graphs, compilation, streams, waiting for the device, repeated bits), then compute-sanitizer."""
     root = Path(__file__).parents[1]
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
-    if importlib.util.find_spec("xdist") is not None:
-        tests += ["-n", str(min(8, os.cpu_count() or 1))]  # most of the time goes to compilers
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None:  # most of the time goes to compilers
+        tests += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]
+    tests.append("tests/gpu")
     tiny = [sys.executable, "-m", "benchmarks.gpu_sanitized"]
     commands = {"pytest": tests} | {tool: ["compute-sanitizer", "--tool", tool, *tiny] for tool in SANITIZERS}
     for name, command in commands.items():
@@ -340,7 +341,7 @@ def kernels(device: str, sizes: tuple[Size, ...], emit: Emit, rates: Rates | Non
     """
     for size in sizes:
         for op, name, make in _providers(size, torch.bfloat16, device):
-            if name != "triton":
+            if name != ("triton" if device == "cuda" else "reference"):
                 continue
             with use_backend(name):
                 call = make()
