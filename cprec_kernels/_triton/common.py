@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -114,9 +115,47 @@ def launch(kernel: Any, grid: int | tuple[int, ...], anchor: Tensor, *args: Any,
     if launches is not None:
         launches.append(Launch(kernel, args, options))
         return
-    guard = torch.cuda.device(anchor.device) if anchor.is_cuda else contextlib.nullcontext()
-    with guard:
-        kernel[grid if isinstance(grid, tuple) else (grid,)](*args, **options)
+    grid = grid if isinstance(grid, tuple) else (grid,)
+    if not anchor.is_cuda:
+        kernel[grid](*args, **options)  # the interpreter
+    elif torch.cuda.current_device() == anchor.get_device():
+        _launch_again(kernel, grid, anchor.get_device(), args, options)
+    else:
+        with torch.cuda.device(anchor.device):
+            _launch_again(kernel, grid, anchor.get_device(), args, options)
+
+
+_compiled: dict[tuple[Any, ...], tuple[CompiledKernel, list[Any]]] = {}
+
+
+def _launch_again(
+    kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """Launch on the current device, without asking Triton what to run when it was asked before.
+
+    Triton looks at every argument to find what it has compiled, and a step of training is bound by that where batches are
+    small. What it looks for are types, alignments of pointers and widths of integers, whose values no kernel here is
+    specialised on; so the same can be told from less.
+    """
+    key = (kernel, device, *options, *options.values(), *[_trait(arg) for arg in args])
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **options)
+        if isinstance(compiled, CompiledKernel):
+            _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]
+        return
+    compiled, constants = found
+    compiled[(*grid, 1, 1)[:3]](*args, *constants)
+
+
+def _trait(value: Any) -> Any:
+    """What a kernel is compiled for, of an argument."""
+    kind = type(value)
+    if kind is int:
+        return -2147483648 <= value < 2147483648
+    if kind is tuple:
+        return tuple([_trait(item) for item in value])
+    return (value.dtype,) if value.data_ptr() & 15 else value.dtype
 
 
 class AotCase(NamedTuple):
