@@ -40,7 +40,8 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
         {"block_embedding", "clustered_softmax", "clustered_topk"},
         {"__init__", "configs", "common", "tuning", "warmup", "block_embedding_backward", "block_embedding_projection"}
         | {"clustered_softmax_backward", "clustered_softmax_plan", "clustered_softmax_weight", "clustered_rank"}
-        | {"clustered_topk_rows", "clustered_topk_scan", "clustered_topk_select"},
+        | {"clustered_topk_lse", "clustered_topk_prune", "clustered_topk_rows", "clustered_topk_scan"}
+        | {"clustered_topk_select"},
     ),
     ("csrc/include/cprec", ".h"): (
         {"block_embedding", "clustered_softmax", "residual_stack", "row_optimizer", "topk_index"},

@@ -1,8 +1,8 @@
 """``cprec::clustered_rank`` and ``clustered_score`` on a GPU, without a (rows, num_items) tensor or a wait of the host.
 
-Rows are sorted by target, so that those with a target in one cluster are a run. A first round over the levels gives every
-target's score, a second one counts the items that come before it. There a tail is needed only for rows of which some item
-may score as much as the target: the bounds are those of the search (clustered_topk.py), the target's score in place of tau.
+A first round over the levels gives every target's score, where a tail is evaluated for the rows with a target in it. A second
+one counts the items that come before the target. There a tail is needed only for rows of which some item may score as much as
+the target, too: the bounds are those of the search (clustered_topk.py), the target's score in place of tau.
 """
 
 import dataclasses
@@ -17,19 +17,11 @@ from torch import Tensor
 from . import configs
 from .clustered_softmax import pointer
 from .clustered_softmax import refusal as refusal
-from .clustered_softmax_plan import Level, levels_of, make_plan
-from .clustered_topk_rows import (
-    Rows,
-    bias_pointer,
-    items_of,
-    log_prob_of,
-    log_sum_exp,
-    may_reach,
-    parent_logits,
-    pointer_types,
-)
+from .clustered_softmax_plan import IGNORED, Level, levels_of
+from .clustered_topk_lse import log_sum_exp
+from .clustered_topk_prune import prune
+from .clustered_topk_rows import ROW_WARPS, Rows, Scratch, bias_pointer, items_of, log_prob_of, pack, pointer_types
 from .clustered_topk_scan import Cut, bound, cut_of, logits_of, tile_constants, whole_tiles
-from .clustered_topk_select import prune
 from .common import (
     DTYPES,
     TYPE_NAMES,
@@ -43,17 +35,16 @@ from .common import (
 )
 
 SCALARS = ["first", "last", "num_entries", "target_units", "min_parts", "lo"]
-SCORE_WARPS = 4
 
 # Kernels
 
 
-@triton.jit(do_not_specialize=["first", "last", "num_entries"])
+@triton.jit(do_not_specialize=["first", "last", "num_entries", "lo"])
 def clustered_rank_own_kernel(
-    p_z, p_w, p_bias, p_column, p_offsets, p_lse, p_parent, p_own, first, last, num_entries,
+    p_z, p_w, p_bias, p_order, p_offsets, p_target, p_lse, p_parent, p_own, first, last, num_entries, lo,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """own (R,): score of the target of every row of a run, -inf if it is NaN. column (R,): targets within the level.
+    """own (R,): scores of the targets (R,) that lie in a level, for a run of rows; -inf where it is NaN.
 
     The logit is the diagonal of a tile of logits, so that its bits are those that the counting pass forms.
     """
@@ -64,13 +55,15 @@ def clustered_rank_own_kernel(
     for i_t in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_T), tl.num_programs(0)):
         t = i_t * BLOCK_T + o_t
         m_t = t < count
-        b_z = load_rows(p_z, start + t, o_d, m_t, D, BLOCK_D, True)
-        column = tl.load(p_column + start + t, mask=m_t, other=0)
+        rows = tl.load(p_order + start + t, mask=m_t, other=0)
+        b_z = load_rows(p_z, rows, o_d, m_t, D, BLOCK_D, True)
+        column = tl.load(p_target + rows) - lo
+        m_own = m_t & (column >= 0) & (column < num_entries)
+        column = tl.where(m_own, column, 0).to(tl.int32)
         s = logits_of(b_z, p_w, p_bias, column, num_entries, o_d, D, BLOCK_D, HAS_BIAS, True, PRECISION)
         s = tl.sum(tl.where(o_t[:, None] == o_t[None, :], s, 0.0), 1)
-        lse = tl.load(p_lse + start + t, mask=m_t, other=0.0)
-        own = log_prob_of(s, lse, tl.load(p_parent + start + t, mask=m_t, other=0.0))
-        tl.store(p_own + start + t, tl.where(own == own, own, -float("inf")), mask=m_t)
+        own = log_prob_of(s, tl.load(p_lse + rows), tl.load(p_parent + rows))
+        tl.store(p_own + rows, tl.where(own == own, own, -float("inf")), mask=m_own)
 
 
 @triton.jit
@@ -106,7 +99,7 @@ def clustered_rank_count_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add to rank (R,) int32 the items of a level that come before the target: better ones, and equal ones of smaller id."""
+    """Add to rank (R,) int64 the items of a level that come before the target: better ones, and equal ones of smaller id."""
     start, count, token_tiles, parts = cut_of(
         p_offsets, first, last, num_entries, target_units, min_parts, BLOCK_T, BLOCK_V
     )
@@ -118,12 +111,12 @@ def clustered_rank_count_kernel(
         t = (unit % token_tiles) * BLOCK_T + o_t
         m_t = t < count
         rows = tl.load(p_order + start + t, mask=m_t, other=0)
-        b_z = load_rows(p_z, start + t, o_d, m_t, D, BLOCK_D, True)
+        b_z = load_rows(p_z, rows, o_d, m_t, D, BLOCK_D, True)
         b_own = tl.load(p_own + rows)
         b_lse = tl.load(p_lse + rows)
         b_parent = tl.load(p_parent + rows)
         # Ids are below the target's where columns are below this, negative or beyond the last one for other clusters.
-        b_limit = tl.load(p_target + rows) - lo
+        b_limit = (tl.load(p_target + rows) - lo).to(tl.int32)
         b_count = tl.zeros((BLOCK_T,), tl.int32)
         steps, ragged = whole_tiles(part, parts, num_entries, BLOCK_V)
         for i in tl.range(0, steps, num_stages=STAGES):
@@ -139,15 +132,18 @@ def clustered_rank_count_kernel(
                 D, BLOCK_D, HAS_BIAS, True, PRECISION,
             )  # fmt: skip
         # Sums of integers are the same in any order.
-        tl.atomic_add(p_rank + rows, b_count, mask=m_t & (b_count > 0), sem="relaxed")
+        tl.atomic_add(p_rank + rows, b_count.to(tl.int64), mask=m_t & (b_count > 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_rows", "width", "num_entries", "lo"])
+@triton.jit(do_not_specialize=["num_rows", "width", "num_entries", "lo", "next_hi"])
 def clustered_score_kernel(
-    p_z, p_w, p_bias, p_items, p_lse, p_parent, p_out, num_rows, width, num_entries, lo,
+    p_z, p_w, p_bias, p_items, p_lse, p_parent, p_out, p_next, num_rows, width, num_entries, lo, next_hi,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out (R, width): scores of the items (R, width) that lie in a level; the others are left alone."""
+    """out (R, width): scores of the items (R, width) that lie in a level; the others are left alone.
+
+    next (R,) int32 becomes 1 where an item lies in the level after it, which ends at ``next_hi``.
+    """
     o_d = tl.arange(0, BLOCK_D)
     blocks = tl.cdiv(width, BLOCK_C)
     for unit in tl.range(tl.program_id(0), num_rows.to(tl.int64) * blocks, tl.num_programs(0)):
@@ -156,6 +152,8 @@ def clustered_score_kernel(
         place = row * width + o_c
         column = tl.load(p_items + place, mask=o_c < width, other=-1) - lo
         inside = (column >= 0) & (column < num_entries)
+        after = (column >= num_entries) & (column < next_hi - lo)
+        tl.store(p_next + row, 1, mask=tl.max(after.to(tl.int32), 0) > 0)
         b_w = load_rows(p_w, column, o_d, inside, D, BLOCK_D, True).to(tl.float32)
         b_z = tl.load(p_z + row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
         s = tl.sum(b_w * b_z[None, :], 1)
@@ -177,33 +175,39 @@ def clustered_rank(
     tail_biases: Sequence[Tensor],
 ) -> Tensor:
     """The op ``cprec::clustered_rank``: places (R,) int64."""
-    num_rows, device = input.shape[0], input.device
+    num_rows = input.shape[0]
+    ranks = torch.empty_like(target, memory_format=torch.contiguous_format)
     if num_rows == 0:
-        return torch.empty_like(target)
+        return ranks
     levels = levels_of(weights, projections, head_bias, tail_biases)
-    plan = make_plan(target, levels, ignore_index=-1)
-    hidden = input.index_select(0, plan.order)
-    everyone = Rows.all_of(hidden)
-    own = torch.empty(num_rows, dtype=torch.float32, device=device)
-    z = [level.project(hidden).contiguous() for level in levels]
-    lse = [log_sum_exp(levels[0], z[0], everyone)]
-    parents = [torch.zeros_like(own), *(parent_logits(levels[0], z[0]) - lse[0])]
-    runs = [dataclasses.replace(everyone, offsets=plan.offsets, first=j, last=j + 1) for j in range(len(levels))]
-    for j, level in enumerate(levels):
-        if j > 0:
-            lse.append(log_sum_exp(level, z[j], runs[j]))
-        _own(level, z[j], runs[j], plan.columns[j], lse[j], parents[j], own)
-    rank = torch.zeros(num_rows, dtype=torch.int32, device=device)
-    for j, level in enumerate(levels):
-        rows = everyone
-        if j > 0:
-            inside = (everyone.order >= plan.offsets[j]) & (everyone.order < plan.offsets[j + 1])
-            others = Rows.where(~inside & may_reach(parents[j], own))
-            useful, _ = prune(level, bound(level, z[j], others, None, 0), others, None, False, parents[j], own, 0)
-            log_sum_exp(level, z[j], Rows.where(useful), lse[j])
-            rows = Rows.where(inside | (useful > 0))
-        _count(items_of(level), z[j], rows, plan.ids, own, parents[j], lse[j], rank)
-    return torch.empty_like(target).index_copy_(0, plan.order, rank.to(target.dtype))
+    if levels[-1].hi >= IGNORED:
+        raise ValueError(f"the Triton kernels number items in 32 bits, and there are {levels[-1].hi}")
+    num_tails = len(levels) - 1
+    target = target.contiguous()
+    scratch = Scratch(num_rows, low=1, floats=2 * len(levels), zero=0, integers=5 + 2 * num_tails, device=input.device)
+    own = scratch.floats()
+    lse = [scratch.floats() for _ in levels]
+    parents = [scratch.floats() for _ in levels]
+    everyone, others, flag = scratch.rows(), scratch.rows(), scratch.integers()
+    z = [level.project(input).contiguous() for level in levels]
+    scratch.start(everyone, zeros=ranks)
+    log_sum_exp(levels[0], z[0], everyone, lse[0], (parents[0], scratch.stride))
+    _own(items_of(levels[0]), z[0], everyone, target, lse[0], parents[0], own)
+    # A tail's rows: those with a target in it, and after them those of which another item may come before the target.
+    inside = [scratch.rows() for _ in range(num_tails)]
+    for j, rows in enumerate(inside, 1):
+        pack(everyone, rows, "inside", target=target, lo=levels[j].lo, hi=levels[j].hi)
+        log_sum_exp(levels[j], z[j], rows, lse[j])
+        _own(levels[j], z[j], rows, target, lse[j], parents[j], own)
+    _count(items_of(levels[0]), z[0], everyone, target, own, parents[0], lse[0], ranks)
+    for j, rows in enumerate(inside, 1):
+        level = levels[j]
+        pack(everyone, others, "reach_outside", target=target, lo=level.lo, hi=level.hi, parent=parents[j], score=own)
+        prune(level, bound(level, z[j], others, None, 0), others, parents[j], own, flag)
+        useful = pack(others, dataclasses.replace(rows, first=1, last=2), "flag", flag=flag)
+        log_sum_exp(level, z[j], useful, lse[j])
+        _count(level, z[j], dataclasses.replace(rows, last=2), target, own, parents[j], lse[j], ranks)
+    return ranks
 
 
 def clustered_score(
@@ -220,29 +224,36 @@ def clustered_score(
         return out
     levels = levels_of(weights, projections, head_bias, tail_biases)
     items = items.contiguous()
-    parents: list[Tensor] = []
+    num_rows, width = items.shape
+    num_levels = len(levels)
+    scratch = Scratch(num_rows, low=0, floats=1 + num_levels, zero=num_levels, integers=4, device=input.device)
+    lse = scratch.floats()
+    parents = [scratch.floats() for _ in levels]
+    flags = [scratch.integers() for _ in levels]  # of the level after each
+    everyone, asked = scratch.rows(), scratch.rows()
+    scratch.start(everyone)
     for j, level in enumerate(levels):
         z = level.project(input).contiguous()
-        rows = Rows.where(((items >= level.lo) & (items < level.hi)).any(1)) if j else Rows.all_of(input)
-        lse = log_sum_exp(level, z, rows)
         if j == 0:
-            parents = [torch.zeros_like(lse), *(parent_logits(level, z) - lse)]
+            log_sum_exp(level, z, everyone, lse, (parents[0], scratch.stride))
+        else:
+            log_sum_exp(level, z, pack(everyone, asked, "flag", flag=flags[j - 1]), lse)
         block_c = configs.tile_for("score", level.rank, z.dtype, architecture(z.device)).block_v
         launch(
             clustered_score_kernel, num_processors(z.device) * 8, z,
-            z, level.weight, bias_pointer(level, z), items, lse, parents[j], out,
-            items.shape[0], items.shape[1], level.hi - level.lo, level.lo,
-            **_score_constants(level.rank, block_c, level.bias is not None), num_warps=SCORE_WARPS, num_stages=1,
+            z, level.weight, bias_pointer(level, z), items, lse, parents[j], out, flags[j],
+            num_rows, width, level.hi - level.lo, level.lo, levels[min(j + 1, num_levels - 1)].hi,
+            **_score_constants(level.rank, block_c, level.bias is not None), num_warps=ROW_WARPS, num_stages=1,
         )  # fmt: skip
     return out
 
 
-def _own(level: Level, z: Tensor, run: Rows, column: Tensor, lse: Tensor, parent: Tensor, own: Tensor) -> None:
+def _own(level: Level, z: Tensor, rows: Rows, target: Tensor, lse: Tensor, parent: Tensor, own: Tensor) -> None:
     tile = configs.tile_for("rank_count", level.rank, z.dtype, architecture(z.device))
     launch(
         clustered_rank_own_kernel, num_processors(z.device) * tile.blocks_per_sm, z,
-        z, level.weight, pointer(level.bias, z), column, run.offsets, lse, parent, own,
-        run.first, run.last, level.num_entries,
+        z, level.weight, pointer(level.bias, z), rows.order, rows.offsets, target, lse, parent, own,
+        rows.first, rows.last, level.num_entries, level.lo,
         **_own_constants(level.rank, z.dtype, tile, level.bias is not None), num_warps=tile.num_warps, num_stages=1,
     )  # fmt: skip
 
@@ -254,7 +265,7 @@ def _count(
     cut = Cut.of(tile, z.shape[0], level.num_entries, z.device)
     launch(
         clustered_rank_count_kernel, cut.num_programs, z,
-        rows.pack(z), level.weight, bias_pointer(level, z), rows.order, rows.offsets, target, own, parent, lse, rank,
+        z, level.weight, bias_pointer(level, z), rows.order, rows.offsets, target, own, parent, lse, rank,
         rows.first, rows.last, level.num_entries, cut.target_units, cut.min_parts, level.lo,
         **tile_constants(level.rank, z.dtype, tile, level.bias is not None),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -272,7 +283,7 @@ def _score_constants(rank: int, block_c: int, bias: bool) -> dict[str, Any]:
 
 def aot_cases(arch: int) -> AotCases:
     """Every entry of the tables for an architecture, with bias."""
-    known = {"p_column": "*i32", "p_target": "*i32", "p_rank": "*i32", "p_items": "*i64"}
+    known = dict.fromkeys(("p_target", "p_rank", "p_items"), "*i64") | {"p_next": "*i32"}
     for dtype in DTYPES:
         for rank in configs.BLOCK_DS:
             tile = configs.tile_for("rank_count", rank, dtype, arch)
@@ -282,7 +293,7 @@ def aot_cases(arch: int) -> AotCases:
             for name, kernel, chosen, warps, stages in (
                 ("rank_count", clustered_rank_count_kernel, constants, tile.num_warps, tile.num_stages),
                 ("rank_own", clustered_rank_own_kernel, own, tile.num_warps, 1),
-                ("score", clustered_score_kernel, _score_constants(rank, block_c, True), SCORE_WARPS, 1),
+                ("score", clustered_score_kernel, _score_constants(rank, block_c, True), ROW_WARPS, 1),
             ):
                 types = pointer_types(kernel, dtype, known)
                 yield aot_case(f"{name}/{TYPE_NAMES[dtype]}/{rank}", kernel, types, chosen, warps, stages)

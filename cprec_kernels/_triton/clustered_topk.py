@@ -23,9 +23,11 @@ from torch import Tensor
 
 from .clustered_softmax import refusal as refusal
 from .clustered_softmax_plan import Level, levels_of
-from .clustered_topk_rows import Rows, items_of, log_sum_exp, may_reach, parent_logits
+from .clustered_topk_lse import log_sum_exp
+from .clustered_topk_prune import Excluded, prune
+from .clustered_topk_rows import Scratch, items_of, pack
 from .clustered_topk_scan import append, bound
-from .clustered_topk_select import EMPTY, Excluded, decode, prune, select
+from .clustered_topk_select import select
 
 # Rows are searched in slices whose buffers stay near this many bytes.
 MAX_BYTES = 2**28
@@ -53,22 +55,24 @@ def clustered_topk(
     if k == 0 or num_rows == 0:
         return scores, items
     levels = levels_of(weights, projections, head_bias, tail_biases)
-    excluded = Excluded.of(exclude, exclude_offsets, num_rows, device)
+    excluded = Excluded.of(exclude, exclude_offsets)
     # What a row is expected to find: a guess, which only memory and time depend on.
     expected = k + (0 if exclude is None else -(-2 * exclude.numel() // num_rows))
     allowed = None
     if candidates is not None:
         allowed = torch.zeros(levels[-1].hi, dtype=torch.int8, device=device).index_fill_(0, candidates, 1)
     at_a_time = max(1, MAX_BYTES // max(bytes_per_row(level.hi - level.lo, expected, k) for level in levels))
+    # Slices begin at multiples of 16 bytes, as far as there is room, or kernels would be compiled for other pointers.
+    at_a_time = at_a_time // 16 * 16 or at_a_time
     # Multiplied before rows are sliced: the bits of torch's products may depend on how many rows there are.
     projected = [level.project(input).contiguous() for level in levels]
-    labels = parent_logits(levels[0], projected[0])
+    if num_rows <= at_a_time:
+        _search(projected, k, levels, excluded, allowed, expected, scores, items)
+        return scores, items
     for start in range(0, num_rows, at_a_time):
         rows = slice(start, min(start + at_a_time, num_rows))
-        keys = _search(
-            [z[rows] for z in projected], labels[:, rows], k, levels, excluded.of_rows(rows), allowed, expected
-        )
-        scores[rows], items[rows] = decode(keys)
+        here = [z[rows] for z in projected]
+        _search(here, k, levels, excluded.from_row(start), allowed, expected, scores[rows], items[rows])
     return scores, items
 
 
@@ -84,36 +88,42 @@ def capacity_for(num_items: int, expected: int) -> int:
 
 def bytes_per_row(num_items: int, expected: int, k: int) -> int:
     """Memory of a row while a level is searched."""
-    return 8 * (k + capacity_for(num_items, expected)) + 4 * chunks_for(num_items, expected)
+    return 8 * (2 * k + capacity_for(num_items, expected)) + 4 * chunks_for(num_items, expected)
 
 
 def _search(
-    projected: Sequence[Tensor], labels: Tensor, k: int, levels: Sequence[Level],
-    excluded: Excluded, allowed: Tensor | None, expected: int,
-) -> Tensor:  # fmt: skip
-    """Keys (R, k) of the best items, descending, from every level's z (R, d_j) and the parent labels' logits (n - 1, R)."""
-    num_rows, device = projected[0].shape[0], projected[0].device
-    everyone = Rows.all_of(projected[0])
-    tau = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=device)
-    best = torch.full((num_rows, k), EMPTY, dtype=torch.int64, device=device)
-    parents = labels
-    for j, (level, z) in enumerate(zip(levels, projected, strict=True)):
-        parent = parents[j - 1] if j else torch.zeros_like(tau)
-        rows = Rows.where(may_reach(parent, tau)) if j else everyone
-        items = items_of(level)
-        chunks = chunks_for(items.num_entries, expected)
-        bounds = bound(items, z, rows, allowed, chunks)
-        useful, floor = prune(items, bounds, rows, excluded, allowed is not None, parent, tau, k)
-        del bounds
-        useful_rows = Rows.where(useful)
-        # The tails hang on the head's log-sum-exp, whether or not the head has items for a row.
-        lse = log_sum_exp(level, z, useful_rows if j else everyone)
+    projected: Sequence[Tensor], k: int, levels: Sequence[Level], excluded: Excluded, allowed: Tensor | None,
+    expected: int, scores: Tensor, items: Tensor,
+) -> None:  # fmt: skip
+    """Fill in scores and items (R, k) from every level's z (R, d_j)."""
+    num_rows, device, num_levels = scores.shape[0], scores.device, len(levels)
+    capacities = [capacity_for(level.hi - level.lo, expected) for level in levels]
+    keys = torch.empty(num_rows, 2 * k + max(capacities), dtype=torch.int64, device=device)
+    scratch = Scratch(num_rows, low=2, floats=1 + num_levels, zero=num_levels, integers=7, device=device)
+    tau, floor, lse = (scratch.floats() for _ in range(3))
+    parents = [scratch.floats() for _ in levels]
+    counts = [scratch.integers() for _ in levels]
+    everyone, hopeful, useful = (scratch.rows() for _ in range(3))
+    flag = scratch.integers()
+    scratch.start(everyone)
+    for j, (level, z, parent) in enumerate(zip(levels, projected, parents, strict=True)):
+        entries = items_of(level)
+        chunks = chunks_for(entries.num_entries, expected)
+        rows = everyone
         if j == 0:
-            parents = labels - lse
-        keys = torch.empty(num_rows, k + capacity_for(items.num_entries, expected), dtype=torch.int64, device=device)
-        keys[:, :k] = best
-        count = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        append(items, z, useful_rows, allowed, floor, tau, parent, lse, count, keys, k)
-        best = select(items, z, allowed, excluded, parent, lse, count, keys, k)
-        tau = decode(best[:, -1])[0]
-    return best
+            # The tails hang on the head's log-sum-exp, whether or not the head has items for a row.
+            log_sum_exp(level, z, everyone, lse, (parent, scratch.stride))
+            if chunks > 0:
+                bounds = bound(entries, z, everyone, allowed, chunks)
+                prune(entries, bounds, everyone, parent, tau, flag, floor, excluded, allowed, k, chunks)
+        else:
+            pack(everyone, hopeful, "reach", parent=parent, score=tau)
+            bounds = bound(entries, z, hopeful, allowed, chunks)
+            prune(entries, bounds, hopeful, parent, tau, flag, floor, excluded, allowed, k, chunks)
+            rows = pack(hopeful, useful, "flag", flag=flag)
+            log_sum_exp(level, z, rows, lse)
+        append(entries, z, rows, allowed, floor, tau, parent, lse, counts[j], keys, 2 * k, capacities[j])
+        select(
+            entries, z, allowed, excluded, parent, lse, counts[j], keys, k, capacities[j], tau, scores, items,
+            number=j, is_last=j == num_levels - 1,
+        )  # fmt: skip

@@ -108,7 +108,7 @@ def logits_of(
 
 @triton.jit(do_not_specialize=[*SCALARS, "lo"])
 def clustered_topk_bound_kernel(
-    p_z, p_w, p_bias, p_allowed, p_offsets, p_top, p_reference, p_total, p_peaks,
+    p_z, p_w, p_bias, p_allowed, p_order, p_offsets, p_top, p_reference, p_total, p_peaks,
     first, last, num_entries, target_units, min_parts, lo,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, WITH_PEAKS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
@@ -127,7 +127,8 @@ def clustered_topk_bound_kernel(
     for unit in tl.range(tl.program_id(0), token_tiles * parts, tl.num_programs(0)):
         part = unit // token_tiles
         t = (unit % token_tiles) * BLOCK_T + o_t
-        b_z = load_rows(p_z, start + t, o_d, t < count, D, BLOCK_D, True)
+        rows = tl.load(p_order + start + t, mask=t < count, other=0)
+        b_z = load_rows(p_z, rows, o_d, t < count, D, BLOCK_D, True)
         steps, ragged = whole_tiles(part, parts, num_entries, BLOCK_V)
         m = tl.full((BLOCK_T,), -1e30, tl.float32)
         total = tl.zeros((BLOCK_T,), tl.float32)
@@ -191,7 +192,7 @@ def key_of(score, item):
 @triton.jit
 def _append_tile(
     b_z, b_least, b_lse, b_parent, rows, offset, p_w, p_bias, p_allowed, p_count, p_keys, v, num_entries, lo, capacity,
-    o_d, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    stride, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     s = logits_of(b_z, p_w, p_bias, v, num_entries, o_d, D, BLOCK_D, HAS_BIAS, MASKED, PRECISION)
@@ -209,18 +210,18 @@ def _append_tile(
         base = tl.atomic_add(p_count + rows, added, mask=added > 0, sem="relaxed")
         place = base[:, None] + tl.cumsum(ones, 1) - ones
         key = key_of(score, lo + v[None, :])
-        first = rows.to(tl.int32) * (offset + capacity) + offset
+        first = rows * stride + offset
         tl.store(p_keys + first[:, None] + place, key, mask=hit & (place < capacity))
 
 
-@triton.jit(do_not_specialize=[*SCALARS, "lo", "offset", "capacity"])
+@triton.jit(do_not_specialize=[*SCALARS, "lo", "offset", "capacity", "stride"])
 def clustered_topk_append_kernel(
     p_z, p_w, p_bias, p_allowed, p_order, p_offsets, p_floor, p_tau, p_parent, p_lse, p_count, p_keys,
-    first, last, num_entries, target_units, min_parts, lo, offset, capacity,
+    first, last, num_entries, target_units, min_parts, lo, offset, capacity, stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, SLACK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Append the key of every allowed item that may be among a row's best: count (R,), keys (R, offset + capacity).
+    """Append the key of every allowed item that may be among a row's best: count (R,), keys (R, stride) from ``offset`` on.
 
     Logits below ``floor`` are below that of enough other items of the level, scores below ``tau`` below those of enough
     items found before. Beyond ``capacity`` keys are counted, and not stored.
@@ -236,7 +237,7 @@ def clustered_topk_append_kernel(
         t = (unit % token_tiles) * BLOCK_T + o_t
         m_t = t < count
         rows = tl.load(p_order + start + t, mask=m_t, other=0)
-        b_z = load_rows(p_z, start + t, o_d, m_t, D, BLOCK_D, True)
+        b_z = load_rows(p_z, rows, o_d, m_t, D, BLOCK_D, True)
         b_lse = tl.load(p_lse + rows)
         b_parent = tl.load(p_parent + rows)
         b_floor = tl.load(p_floor + rows)
@@ -249,13 +250,13 @@ def clustered_topk_append_kernel(
             v = (part + i * parts) * BLOCK_V + o_v
             _append_tile(
                 b_z, b_least, b_lse, b_parent, rows, offset, p_w, p_bias, p_allowed, p_count, p_keys, v, num_entries,
-                lo, capacity, o_d, D, BLOCK_D, HAS_BIAS, HAS_ALLOWED, False, PRECISION,
+                lo, capacity, stride, o_d, D, BLOCK_D, HAS_BIAS, HAS_ALLOWED, False, PRECISION,
             )  # fmt: skip
         for _i in tl.range(0, ragged, num_stages=1):
             v = (num_entries // BLOCK_V) * BLOCK_V + o_v
             _append_tile(
                 b_z, b_least, b_lse, b_parent, rows, offset, p_w, p_bias, p_allowed, p_count, p_keys, v, num_entries,
-                lo, capacity, o_d, D, BLOCK_D, HAS_BIAS, HAS_ALLOWED, True, PRECISION,
+                lo, capacity, stride, o_d, D, BLOCK_D, HAS_BIAS, HAS_ALLOWED, True, PRECISION,
             )  # fmt: skip
 
 
@@ -278,11 +279,11 @@ def bound(level: Level, z: Tensor, rows: Rows, allowed: Tensor | None, chunks: i
     tile = configs.tile_for("topk_bound", level.rank, z.dtype, architecture(z.device))
     cut = Cut.of(tile, z.shape[0], level.num_entries, z.device, chunks)
     count = cut.max_units * tile.block_t
-    top, reference, total = (torch.empty(count, dtype=torch.float32, device=z.device) for _ in range(3))
+    top, reference, total = torch.empty(3, count, dtype=torch.float32, device=z.device).unbind(0)
     peaks = torch.empty(count * tile.block_v if chunks else 0, dtype=torch.float32, device=z.device)
     launch(
         clustered_topk_bound_kernel, cut.num_programs, z,
-        rows.pack(z), level.weight, bias_pointer(level, z), z if allowed is None else allowed, rows.offsets,
+        z, level.weight, bias_pointer(level, z), z if allowed is None else allowed, rows.order, rows.offsets,
         top, reference, total, peaks,
         rows.first, rows.last, level.num_entries, cut.target_units, cut.min_parts, level.lo,
         **_bound_constants(level.rank, z.dtype, tile, level.bias is not None, allowed is not None, chunks > 0),
@@ -293,17 +294,17 @@ def bound(level: Level, z: Tensor, rows: Rows, allowed: Tensor | None, chunks: i
 
 def append(
     level: Level, z: Tensor, rows: Rows, allowed: Tensor | None, floor: Tensor, tau: Tensor, parent: Tensor, lse: Tensor,
-    count: Tensor, keys: Tensor, offset: int,
+    count: Tensor, keys: Tensor, offset: int, capacity: int,
 ) -> None:  # fmt: skip
-    """Launch the append pass; keys (R, offset + capacity) are filled from column ``offset`` on."""
+    """Launch the append pass; ``capacity`` keys (R, stride) at most are filled in, from column ``offset`` on."""
     tile = configs.tile_for("topk_append", level.rank, z.dtype, architecture(z.device))
     cut = Cut.of(tile, z.shape[0], level.num_entries, z.device)
     launch(
         clustered_topk_append_kernel, cut.num_programs, z,
-        rows.pack(z), level.weight, bias_pointer(level, z), z if allowed is None else allowed, rows.order, rows.offsets,
+        z, level.weight, bias_pointer(level, z), z if allowed is None else allowed, rows.order, rows.offsets,
         floor, tau, parent, lse, count, keys,
         rows.first, rows.last, level.num_entries, cut.target_units, cut.min_parts, level.lo,
-        offset, keys.shape[1] - offset,
+        offset, capacity, keys.shape[1],
         **_append_constants(level.rank, z.dtype, tile, level.bias is not None, allowed is not None),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -8,26 +8,19 @@ import interpreter
 import pytest
 import torch
 from test_clustered_topk import BAND, DTYPES, LARGE, SMALL, TINY, flat, search, truth
+from test_clustered_topk import MODULES as SEARCH_MODULES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cprec_kernels import _backend
-from cprec_kernels._triton import (
-    clustered_rank,
-    clustered_softmax,
-    clustered_topk_rows,
-    clustered_topk_scan,
-    clustered_topk_select,
-    common,
-    configs,
-)
+from cprec_kernels._triton import clustered_rank, clustered_topk_prune, common, configs
 from cprec_kernels.testing import copy_weights, make_hidden, make_ids, make_softmax
 
-MODULES = (clustered_rank, clustered_softmax, clustered_topk_rows, clustered_topk_scan, clustered_topk_select)
+MODULES = (clustered_rank, *SEARCH_MODULES)
 
 
 @pytest.fixture(autouse=True)
 def _tiny_tiles(monkeypatch):
-    monkeypatch.setattr(clustered_topk_select, "THRESHOLD_BITS", 12)
+    monkeypatch.setattr(clustered_topk_prune, "THRESHOLD_BITS", 12)
     with configs.override(**TINY):
         yield
 
@@ -109,7 +102,7 @@ def test_tails_that_cannot_matter_are_not_read(monkeypatch):
 
     def watched(level, z, rows, *out):
         counts.append(int(rows.offsets[rows.last] - rows.offsets[rows.first]))
-        return inner(level, z, rows, *out)
+        inner(level, z, rows, *out)
 
     monkeypatch.setattr(clustered_rank, "log_sum_exp", watched)
     weights, hidden = make_softmax(SMALL), make_hidden(SMALL, (19,))

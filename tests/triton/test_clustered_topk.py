@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cprec_kernels import Partition, _backend, use_backend
 from cprec_kernels._triton import (
-    clustered_softmax,
     clustered_topk,
+    clustered_topk_lse,
+    clustered_topk_prune,
     clustered_topk_rows,
     clustered_topk_scan,
     clustered_topk_select,
@@ -27,7 +28,7 @@ from cprec_kernels.reference import clustered_topk as ref
 from cprec_kernels.reference.clustered_softmax import levels_of as reference_levels
 from cprec_kernels.testing import assert_same_items, copy_weights, make_hidden, make_softmax
 
-MODULES = (clustered_softmax, clustered_topk_rows, clustered_topk_scan, clustered_topk_select)
+MODULES = (clustered_topk_lse, clustered_topk_prune, clustered_topk_rows, clustered_topk_scan, clustered_topk_select)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEARCH = ("topk_bound", "topk_append", "topk_exhaustive", "rank_count", "score")
 TINY = dict.fromkeys(("scan_lse", "token", *SEARCH), Tile(16, 16, 4, 1))
@@ -40,7 +41,7 @@ BAND = 2e-5
 @pytest.fixture(autouse=True)
 def _tiny_tiles(monkeypatch):
     # Any number of settled bits gives a valid threshold, and each takes the interpreter a while.
-    monkeypatch.setattr(clustered_topk_select, "THRESHOLD_BITS", 12)
+    monkeypatch.setattr(clustered_topk_prune, "THRESHOLD_BITS", 12)
     with configs.override(**TINY):
         yield
 
@@ -88,9 +89,9 @@ def counted(monkeypatch):
     counts = []
     inner = clustered_topk.log_sum_exp
 
-    def watched(level, z, rows):
+    def watched(level, z, rows, *out):
         counts.append(int(rows.offsets[rows.last] - rows.offsets[rows.first]))
-        return inner(level, z, rows)
+        inner(level, z, rows, *out)
 
     monkeypatch.setattr(clustered_topk, "log_sum_exp", watched)
     return counts
@@ -109,9 +110,22 @@ def test_the_best_items(case, dtype, poison):
 
 @pytest.mark.parametrize(("logit_std", "bits"), [(0.1, 12), (1.0, 22), (5.0, 12)])
 def test_floors_and_bounds_lose_nothing(logit_std, bits, monkeypatch, poison):
-    monkeypatch.setattr(clustered_topk_select, "THRESHOLD_BITS", bits)
+    monkeypatch.setattr(clustered_topk_prune, "THRESHOLD_BITS", bits)
     assert all(clustered_topk.chunks_for(size, 4) > 0 for size in LARGE.sizes)
     check(make_hidden(LARGE, (19,)), 4, make_softmax(LARGE, logit_std=logit_std), band=BAND * max(1, logit_std))
+
+
+@pytest.mark.parametrize("most", [2048, 0], ids=["compared", "sorted"])
+@pytest.mark.parametrize("fold", [4, 10**6], ids=["folded", "all"])
+def test_every_way_to_the_best_of_a_row(most, fold, monkeypatch, poison):
+    """Rows are left with fewer than k items by the first exclusions, and the second ones fill whole blocks."""
+    monkeypatch.setattr(clustered_topk_select, "MAX_COMPARED", most)
+    monkeypatch.setattr(clustered_topk_prune, "FOLD", fold)
+    weights, hidden = make_softmax(LARGE, logit_std=2.0), make_hidden(LARGE, (7,))
+    plain = check(hidden, 6, weights)
+    few = check(hidden, 6, weights, plain[1][:, :3].contiguous(), candidates=plain[1][:, :5].flatten())
+    assert few[1].min() >= -1
+    check(hidden, 70, weights, truth(hidden, weights).argsort(1, descending=True)[:, :130])
 
 
 def test_all_items_in_order(poison):
@@ -202,8 +216,9 @@ def test_rows_without_room_are_searched_exhaustively(dtype, narrowed, monkeypatc
     inner = clustered_topk_select.launch
 
     def watched(kernel, programs, anchor, *args, **options):
-        if kernel is clustered_topk_select.clustered_topk_exhaustive_kernel:
-            launched.append((args[8] > args[15]).any())
+        if kernel is clustered_topk_select.clustered_topk_select_kernel:
+            names = dict(zip(kernel.arg_names, args, strict=False))
+            launched.append((names["p_count"][: names["num_rows"]] > names["capacity"]).any())
         inner(kernel, programs, anchor, *args, **options)
 
     monkeypatch.setattr(clustered_topk_select, "launch", watched)
@@ -248,7 +263,8 @@ def test_the_bound_is_one(scale, candidates, monkeypatch, poison):
     weights.head_bias[7::50] = -math.inf if scale == 1.0 else 0.0
     (level,) = levels_of(*weights)
     allowed = (torch.arange(1003) % 40 == 39).to(torch.int8) if candidates else None
-    bounds = clustered_topk_scan.bound(level, z, Rows.all_of(z), allowed, 100)
+    rows = Rows(torch.arange(16, dtype=torch.int32), torch.tensor([0, 16], dtype=torch.int32))
+    bounds = clustered_topk_scan.bound(level, z, rows, allowed, 100)
     parts = max(bounds.cut.min_parts, min(bounds.cut.target_units, -(-1003 // 16)))
     top, reference, total = (x.reshape(-1, 16)[:parts].double() for x in (bounds.top, bounds.reference, bounds.total))
     least = ((reference + total.log2()) * math.log(2)).logsumexp(0)
