@@ -57,9 +57,9 @@ def clustered_rank_own_kernel(
         m_t = t < count
         rows = tl.load(p_order + start + t, mask=m_t, other=0)
         b_z = load_rows(p_z, rows, o_d, m_t, D, BLOCK_D, True)
-        column = tl.load(p_target + rows) - lo
+        column = tl.load(p_target + rows).to(tl.int32) - lo
         m_own = m_t & (column >= 0) & (column < num_entries)
-        column = tl.where(m_own, column, 0).to(tl.int32)
+        column = tl.where(m_own, column, 0)
         s = logits_of(b_z, p_w, p_bias, column, num_entries, o_d, D, BLOCK_D, HAS_BIAS, True, PRECISION)
         s = tl.sum(tl.where(o_t[:, None] == o_t[None, :], s, 0.0), 1)
         own = log_prob_of(s, tl.load(p_lse + rows), tl.load(p_parent + rows))
@@ -116,7 +116,7 @@ def clustered_rank_count_kernel(
         b_lse = tl.load(p_lse + rows)
         b_parent = tl.load(p_parent + rows)
         # Ids are below the target's where columns are below this, negative or beyond the last one for other clusters.
-        b_limit = (tl.load(p_target + rows) - lo).to(tl.int32)
+        b_limit = tl.load(p_target + rows).to(tl.int32) - lo
         b_count = tl.zeros((BLOCK_T,), tl.int32)
         steps, ragged = whole_tiles(part, parts, num_entries, BLOCK_V)
         for i in tl.range(0, steps, num_stages=STAGES):
@@ -150,10 +150,10 @@ def clustered_score_kernel(
         row = unit // blocks
         o_c = (unit % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
         place = row * width + o_c
-        column = tl.load(p_items + place, mask=o_c < width, other=-1) - lo
+        column = tl.load(p_items + place, mask=o_c < width, other=-1).to(tl.int32) - lo
         inside = (column >= 0) & (column < num_entries)
         after = (column >= num_entries) & (column < next_hi - lo)
-        tl.store(p_next + row, 1, mask=tl.max(after.to(tl.int32), 0) > 0)
+        tl.store(p_next + row + 0 * o_c, 1, mask=after)
         b_w = load_rows(p_w, column, o_d, inside, D, BLOCK_D, True).to(tl.float32)
         b_z = tl.load(p_z + row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
         s = tl.sum(b_w * b_z[None, :], 1)

@@ -12,6 +12,8 @@ arithmetic for any weights; comparisons carry a slack far above fp32's rounding.
 3. for the survivors, the log-sum-exp, and a pass that appends all items that reach both thresholds to the row's keys;
 4. excluded items are struck out and the k largest keys are the row's best (clustered_topk_select.py).
 
+A level is seven to nine launches, and a call on few rows waits for these: torch multiplies and allocates, and does no more.
+
 A row that finds more items than its buffer holds, because they tie, is searched exhaustively. "Exact" is meant for logits of
 the operands' dtype, the projected hidden state rounded to it, summed in fp32.
 """

@@ -153,6 +153,7 @@ BY_ARCHITECTURE: dict[tuple[int, Key], Tile] = {
     (80, ("topk_append", 64, 4)): Tile(32, 64, 8, 2, 1),
     (80, ("topk_bound", 64, 4)): Tile(32, 64, 8, 2, 1),
     (80, ("topk_bound", 512, 4)): Tile(16, 32, 8, 1, 1),
+    (80, ("score", 64, 4)): Tile(16, 32, 4, 1, 2),  # a spilled register in the loop under Triton 3.9
     (80, ("rank_count", 64, 4)): Tile(32, 32, 4, 2, 3),  # targets' logits, 64 x 64, spill
 }
 _OVERRIDES: dict[str, Tile] = {}
