@@ -69,7 +69,8 @@ def describe(row: dict[str, Any]) -> str:
         return f"{place}: {row['error']}"
     if row["kind"] == "bench":
         memory = "" if row.get("extra_mb") is None else f", {row['extra_mb']:,.0f} MB beside its inputs"
-        return f"{place}: {row['median_ms']:.3f} ms{memory}"
+        graph = f" ({row['graph_ms']:.3f} ms from a CUDA graph)" if "graph_ms" in row else ""
+        return f"{place}: {row['median_ms']:.3f} ms{graph}{memory}"
     if row["kind"] == "tune":
         return f"{place}: {row['table_ms']:.3f} ms with the tables' tiles, {row['tuned_ms']:.3f} ms with the fastest"
     if row["kind"] == "tile":

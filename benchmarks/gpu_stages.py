@@ -62,6 +62,7 @@ BENCH = (
     _size("10m-d256", 10_000_000, 256, (256, 64, 16), 8_192),
 )
 ROUNDS_S = 0.25  # seconds of timed calls per row, about
+NOT_CAPTURED = ("reference", "torch-adaptive", "cut-cross-entropy", "liger")  # they read from the device, or tune
 MAX_REFERENCE_ITEMS = 200_000  # with more, plain torch takes seconds per call
 EXPS = 512  # powers of two per element that the probe takes, one after another
 
@@ -226,16 +227,32 @@ def bench(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
                     with use_backend(name if name in BACKENDS else "auto"):
                         call = make()
                         median, p20, p80 = timed(call, device)
-                        emit(
-                            row
-                            | {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "extra_mb": extra_mb(call, device)}
-                        )
+                        found = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "extra_mb": extra_mb(call, device)}
+                        if device == "cuda" and name not in NOT_CAPTURED:
+                            found["graph_ms"] = graph_ms(call)
+                        emit(row | found)
                 except BackendError as error:
                     emit(row | {"skipped": str(error)})
                 except torch.OutOfMemoryError:
                     emit(row | {"skipped": "out of memory"})
                 except Exception as error:
                     emit(row | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
+
+
+def graph_ms(call: Callable[[], object]) -> float:
+    """Median of replays of a call from a CUDA graph: what it takes without the host."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+    median = timed(graph.replay, "cuda")[0]
+    del kept
+    return median
 
 
 def extra_mb(call: Callable[[], object], device: str) -> float | None:
