@@ -41,6 +41,9 @@ class Trained:
         return float(self.result["validation"]["model"][MONITOR])
 
 
+SHARED = "compressed, layers shared"
+
+
 class Bench:
     """Runs what the tables ask for, unless it is there already."""
 
@@ -65,11 +68,16 @@ class Bench:
             return config
         return dataclasses.replace(config, input_partition=partition, output_partition=partition)
 
-    def planned(self, compression: float | None = None, *, tied: bool = True, **options: Any) -> NextItNetConfig:
-        """The model that the planner makes of a compression, by default the preset's; ``tied``: as `cprec train` has it."""
+    def planned(
+        self, compression: float | None = None, *, tied: bool = True, sharing: str = "none", **options: Any
+    ) -> NextItNetConfig:
+        """The model that the planner makes of a compression, by default the preset's; ``tied``: as `cprec train` has it.
+
+        What ``sharing`` saves in the blocks goes to the tables.
+        """
         if compression is None:
             compression = self.preset.compression_for(self.data.num_items)
-        return plan_model(self.model(tie_tails=tied), self.data.counts, compression, **options).config
+        return plan_model(self.model(tie_tails=tied, sharing=sharing), self.data.counts, compression, **options).config
 
     def train(self, model: NextItNetConfig, length: int, seed: int, **chosen: float) -> Trained:
         """A training run; ``chosen`` are settings of the grid."""
@@ -184,9 +192,14 @@ def _epochs_to_reach(goals: Sequence[Trained], runs: Sequence[Trained]) -> float
 
 
 def twin_and_compressed(bench: Bench, add: Callable[[Row], None]) -> None:
-    """Table 1: at every length, the popularity baseline, the twin and the planned model, tuned alike."""
+    """Table 1: at every length, the popularity baseline, the twin and the planned model, tuned alike.
+
+    And the planned model with shared layers, by the settings found for the one without.
+    """
     contenders = {"twin": bench.model(), "compressed": bench.planned()}
     chosen = {label: bench.tune(model) for label, model in contenders.items()}
+    contenders[SHARED] = bench.planned(sharing="cross-layer")
+    chosen[SHARED] = chosen["compressed"]
     for length in bench.preset.lengths:
         group = f"L = {length}"
         rows, runs = {}, {}
@@ -194,7 +207,8 @@ def twin_and_compressed(bench: Bench, add: Callable[[Row], None]) -> None:
             baseline = "twin" if label != "twin" else ""
             rows[label], runs[label] = bench.row(group, label, model, length, chosen[label], baseline)
         add(bench.popularity(group, runs["twin"][0]))
-        times = bench.speed(runs["twin"][0], {"compressed": runs["compressed"][0]}, length)
+        ours = {label: found[0] for label, found in runs.items() if label != "twin"}
+        times = bench.speed(runs["twin"][0], ours, length)
         for label, row in rows.items():
             name = TWIN if label == "twin" else label
             row.figures |= {kind: times[kind][name]["median_ms"] for kind in ("step_ms", "topk_ms")}

@@ -58,7 +58,7 @@ def test_every_table_is_there_with_its_baselines(results, data):
     assert found.keys() == TITLES.keys()
     assert all(table.complete for table in found.values())
     rows = {number: {(row.group, row.label): row for row in table.rows} for number, table in found.items()}
-    assert set(rows[1]) == {("L = 4", label) for label in ("popularity", "twin", "compressed")}
+    assert set(rows[1]) == {("L = 4", label) for label in ("popularity", "twin", "compressed", tables.SHARED)}
     assert set(rows[2]) == {(f"{kind} tables", name) for kind in ("twin", "compressed") for name in TINY.sharings}
     assert {label for _, label in rows[3]} >= {"twin", "planned", "at most 1, by loss", "cut at 5% and 20%"}
     assert {label for _, label in rows[4]} == {"neither", "embedding", "softmax", "both"}
@@ -68,11 +68,12 @@ def test_every_table_is_there_with_its_baselines(results, data):
         for row in table.rows:
             if row.metrics and row.label != "popularity":
                 assert row.seeds == len(TINY.seeds) == len(row.metrics["ndcg@10"])
-    twin, compressed = rows[1]["L = 4", "twin"], rows[1]["L = 4", "compressed"]
+    twin, compressed, shared = (rows[1]["L = 4", label] for label in ("twin", "compressed", tables.SHARED))
+    assert shared.figures["middle_parameters"] <= compressed.figures["middle_parameters"]
     assert twin.figures["compression"] == 1.0
     assert compressed.figures["compression"] >= TINY.compression
     assert twin.metrics == rows[4]["L = 4", "neither"].metrics
-    for row in (twin, compressed):
+    for row in (twin, compressed, shared):
         assert row.figures["epoch_s"] > 0
         assert row.figures["topk_ms"] > 0
     assert rows[3]["L = 4", "at most 1, by loss"].settings["cutoffs"] == []
