@@ -116,12 +116,12 @@ def rehearse(
     ids = importlib.import_module("._triton.ids", __package__)
     launches: list[Any]
     with common.rehearse() as launches, torch.no_grad():
-        given = torch.empty(NUM_TOKENS, dtype=torch.int64, device=device)
+        if _backend.launches_triton():
+            given = torch.empty(NUM_TOKENS, dtype=torch.int64, device=device)
+            ids.check(given, block.partition.num_items, "ids" if isinstance(block, BlockEmbedding) else "target", None)
         if isinstance(block, BlockEmbedding):
-            ids.check(given, block.partition.num_items, "ids", None)
             _embedding(block, device)
         else:
-            ids.check(given, block.partition.num_items, "target", block.ignore_index)
             _softmax(block, dtype, device)
     return launches
 

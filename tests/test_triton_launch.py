@@ -26,6 +26,7 @@ class Kernel:
     """Stands in for a jitted kernel of two arguments, one number and two constants."""
 
     arg_names = ("p_x", "p_y", "count", "D", "BLOCK")
+    pre_run_hooks: tuple = ()
 
     def __init__(self):
         self.compiled = []
@@ -86,6 +87,14 @@ def test_whatever_is_compiled_for_is_told_apart(kernel, change):
     again(kernel, *args, **change)
     assert len(kernel.compiled) == 2
     assert len(kernel.last.launches) == 1
+
+
+def test_hooks_before_a_launch_are_heard(kernel):
+    x = torch.zeros(8)
+    kernel.pre_run_hooks = (lambda *args, **options: None,)
+    for _ in range(2):
+        again(kernel, x, x, 5)
+    assert len(kernel.compiled) == 2
 
 
 def test_what_is_not_compiled_is_not_kept(kernel, monkeypatch):

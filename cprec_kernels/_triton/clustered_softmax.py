@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .clustered_softmax_plan import Grid, Level, Plan, levels_of, make_plan
+from .clustered_softmax_plan import MAX_LEVELS, Grid, Level, Plan, levels_of, make_plan
 from .common import (
     DTYPES,
     LN2,
@@ -307,7 +307,10 @@ def forward(
 
 def refusal(*args: Any) -> str:
     """Why the kernels cannot take these shapes, "" if they can. Weights are the first list among the arguments."""
-    rank = max(weight.shape[1] for weight in next(arg for arg in args if isinstance(arg, (list, tuple))))
+    weights = next(arg for arg in args if isinstance(arg, (list, tuple)))
+    if len(weights) > MAX_LEVELS:
+        return f"{len(weights)} clusters are more than {MAX_LEVELS}"
+    rank = max(weight.shape[1] for weight in weights)
     return f"rank {rank} is above {MAX_RANK}" if rank > MAX_RANK else ""
 
 

@@ -25,6 +25,7 @@ BLOCK = 1024
 LAUNCH: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
 # Where levels begin, and the end of the last one: plain arguments, as Triton specialises the integers of a tuple.
 BEGINNINGS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8")
+MAX_LEVELS = len(BEGINNINGS) - 1
 
 # Kernels
 
@@ -99,11 +100,11 @@ def clustered_softmax_upstream_kernel(
         g2 = tl.zeros((BLOCK,), tl.float32)
         if HAS_UNIFORM:
             g2 = tl.load(p_uniform + place * stride_uniform, mask=counted, other=0.0).to(tl.float32)
-            tl.atomic_max(p_largest + 2, tl.max(tl.abs(g2), 0))
+            tl.atomic_max(p_largest + 2, tl.max(tl.where(g2 == g2, tl.abs(g2), float("inf")), 0))
         c = -(g1 + g2)
-        # Maxima do not depend on the order in which programs come.
-        tl.atomic_max(p_largest, tl.max(c, 0))
-        tl.atomic_max(p_largest + 1, tl.max(-c, 0))
+        # Maxima do not depend on the order in which programs come. One NaN spoils all, as it does a maximum of torch's.
+        tl.atomic_max(p_largest, tl.max(tl.where(c == c, c, float("inf")), 0))
+        tl.atomic_max(p_largest + 1, tl.max(tl.where(c == c, -c, float("inf")), 0))
         tl.store(p_ratio + t, c, mask=m_t)
         tl.store(p_ratio + stride.to(tl.int64) + t, g2, mask=m_t)
         tl.store(p_lse + t, tl.load(p_lse_head + place, mask=m_t, other=0.0), mask=m_t)
@@ -183,7 +184,7 @@ class Plan:
 def levels_of(
     weights: Sequence[Tensor], projections: Sequence[Tensor], head_bias: Tensor | None, tail_biases: Sequence[Tensor]
 ) -> list[Level]:
-    """The levels of a clustered softmax, head first, with contiguous weights."""
+    """The levels of a clustered softmax, head first, with contiguous weights. Raises ValueError for 2^31 - 1 items or more."""
     width = projections[0].shape[1] if len(projections) else weights[0].shape[1]
     remaining = iter(projections)
     num_tails = len(weights) - 1
@@ -204,6 +205,8 @@ def levels_of(
             )
         )
         lo += size
+    if lo >= IGNORED.value:
+        raise ValueError(f"the Triton kernels number items in 32 bits, and there are {lo}")
     return levels
 
 
@@ -229,8 +232,6 @@ def plan_of(
     order: Tensor, ids: Tensor, levels: Sequence[Level], results: Sequence[Tensor] = (), zeros: Tensor | None = None
 ) -> Plan:
     """The plan of a sorted batch. On the way ``results``, four tensors (T,), and ``zeros``, fp32, are filled with zeros."""
-    if levels[-1].hi >= IGNORED.value:
-        raise ValueError(f"the Triton kernels number items in 32 bits, and there are {levels[-1].hi}")
     count = ids.numel()
     count, stride = ids.numel(), aligned(ids.numel())
     offsets = torch.empty(len(levels) + 1, dtype=torch.int32, device=ids.device)

@@ -139,7 +139,7 @@ def _launch_again(
     """
     key = (kernel, device, *options, *options.values(), *[_trait(arg) for arg in args])
     found = _compiled.get(key)
-    if found is None:
+    if found is None or kernel.pre_run_hooks:
         compiled = kernel[grid](*args, **options)
         if isinstance(compiled, CompiledKernel):
             _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]

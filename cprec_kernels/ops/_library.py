@@ -152,7 +152,8 @@ def check_ids(ids: Tensor, num_items: int, name: str, allowed: int | None = None
     """
     if ids.numel() == 0:
         return
-    if ids.device.type == "cuda" and _backend.launches_triton():
+    # Fake tensors, which have no values, and those of tracing are of other types.
+    if type(ids) is Tensor and ids.device.type == "cuda" and _backend.launches_triton():
         importlib.import_module("._triton.ids", __package__.rpartition(".")[0]).check(ids, num_items, name, allowed)
         return
     if ids.device.type != "cpu":

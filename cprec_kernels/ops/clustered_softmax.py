@@ -231,7 +231,8 @@ def _fake(input: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Te
         torch.empty_like(target, dtype=dtype, memory_format=torch.contiguous_format)
         for dtype in (wide, wide, torch.float64, torch.float64)
     )
-    kept = [input.new_empty(input.shape[0], weight.shape[1], dtype=arithmetic) for weight in weights if keep]
+    own = input.dtype if input.dtype == torch.float64 else arithmetic
+    kept = [input.new_empty(input.shape[0], weight.shape[1], dtype=own) for weight in weights if keep]
     if keep:
         kept += [
             torch.empty_like(target, memory_format=torch.contiguous_format),

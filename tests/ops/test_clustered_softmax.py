@@ -304,10 +304,11 @@ def test_compile_fullgraph_with_gradients():
     torch.testing.assert_close(compiled_step(hidden, target.clamp(max=5)), step(hidden, target.clamp(max=5)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("arithmetic", [None, torch.bfloat16])
-def test_fake_results_have_the_real_ones_shapes(case, arithmetic, cpu_backend):
-    weights = make_softmax(case.partition)
-    hidden, target = inputs(case.partition, shape=(20,))
+def test_fake_results_have_the_real_ones_shapes(case, arithmetic, dtype, cpu_backend):
+    weights = make_softmax(case.partition, dtype)
+    hidden, target = inputs(case.partition, dtype, shape=(20,))
     for keep in (False, True):
         options = IGNORE, True, arithmetic, keep
         real = torch.ops.cprec.clustered_softmax(hidden, target, *weights.args(), *options)

@@ -188,6 +188,16 @@ def test_no_gradient_of_the_second_result_is_one_of_zeros(with_rows, case, poiso
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("with_rows", [False, True], ids=["two-pass", "one-pass"])
+def test_a_nan_among_the_upstream_gradients_spoils_all(with_rows):
+    """As it does where torch takes the largest of them: none is left that looks right."""
+    hidden, target = inputs(SMALL)
+    g1, g2 = upstream(COUNT, "smooth")
+    g1[target != IGNORE] = torch.nan
+    for gradient in run(hidden, target, make_softmax(SMALL), g1, g2, with_rows)[1]:
+        assert gradient.isnan().all()
+
+
 def test_bounds_are_those_of_a_bisection():
     for count, entries, lowest in ((1, 1, 0), (37, 100, 5), (64, 2000, 1000)):
         keys = torch.randint(lowest, lowest + entries + 3, (count,), dtype=torch.int32).sort().values
@@ -474,6 +484,19 @@ def test_ranks_beyond_the_kernels_go_to_the_reference_unless_triton_was_asked_fo
     torch.testing.assert_close(kept[:-2], ref.clustered_softmax_descents(hidden, target, *weights, IGNORE))
     with use_backend("triton"), pytest.raises(_backend.BackendError, match="rank 600 is above 512"):
         call(*args)
+
+
+def test_more_clusters_than_the_kernels_take_go_to_the_reference():
+    weights = [torch.zeros(12, 4), *(torch.zeros(2, 4) for _ in range(8))]
+    args = (torch.randn(3, 4), torch.tensor([1, 5, 10]), weights, [], None, [], IGNORE, True, None, True)
+    assert kernels.refusal(*args) == "9 clusters are more than 8"
+    assert kernels.refusal(*args[:2], weights[:8]) == ""
+    assert _backend.choose("clustered_softmax", "cuda", torch.float32).implementation.call(*args)[0].isfinite().all()
+
+
+def test_items_are_numbered_in_32_bits():
+    with FakeTensorMode(), pytest.raises(ValueError, match="number items in 32 bits"):
+        plan_kernels.levels_of([torch.empty(2, 1), torch.empty(2**31 - 1, 1)], [], None, [])
 
 
 def test_tables_have_a_tile_for_every_rank_dtype_and_architecture():
