@@ -31,8 +31,8 @@ best, empty if it never does. Top 10 is for one history without padding, from it
 throughout, in ours by two kernels; "indexed" has an index for the second, and "search" is that one alone.
 """
 EXPLANATIONS = {
-    1: "The planned model, without and with shared layers (cross-layer; what they save goes to the tables), beside the "
-    "uncompressed twin and the popularity baseline.",
+    1: "The planned model, without and with shared layers (cross-layer, on the same tables), beside the uncompressed twin and "
+    "the popularity baseline.",
     2: "Layers of the residual blocks that share parameters; compared with no sharing on the same tables.",
     3: "Partitions planned for the same compression and for others, with tails tied or apart, with more or fewer clusters, and "
     "one cut blindly, its tails apart.",

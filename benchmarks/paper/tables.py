@@ -68,16 +68,11 @@ class Bench:
             return config
         return dataclasses.replace(config, input_partition=partition, output_partition=partition)
 
-    def planned(
-        self, compression: float | None = None, *, tied: bool = True, sharing: str = "none", **options: Any
-    ) -> NextItNetConfig:
-        """The model that the planner makes of a compression, by default the preset's; ``tied``: as `cprec train` has it.
-
-        What ``sharing`` saves in the blocks goes to the tables.
-        """
+    def planned(self, compression: float | None = None, *, tied: bool = True, **options: Any) -> NextItNetConfig:
+        """The model that the planner makes of a compression, by default the preset's; ``tied``: as `cprec train` has it."""
         if compression is None:
             compression = self.preset.compression_for(self.data.num_items)
-        return plan_model(self.model(tie_tails=tied, sharing=sharing), self.data.counts, compression, **options).config
+        return plan_model(self.model(tie_tails=tied), self.data.counts, compression, **options).config
 
     def train(self, model: NextItNetConfig, length: int, seed: int, **chosen: float) -> Trained:
         """A training run; ``chosen`` are settings of the grid."""
@@ -194,11 +189,11 @@ def _epochs_to_reach(goals: Sequence[Trained], runs: Sequence[Trained]) -> float
 def twin_and_compressed(bench: Bench, add: Callable[[Row], None]) -> None:
     """Table 1: at every length, the popularity baseline, the twin and the planned model, tuned alike.
 
-    And the planned model with shared layers, by the settings found for the one without.
+    And the planned model with shared layers, on the same tables and by the same settings.
     """
     contenders = {"twin": bench.model(), "compressed": bench.planned()}
     chosen = {label: bench.tune(model) for label, model in contenders.items()}
-    contenders[SHARED] = bench.planned(sharing="cross-layer")
+    contenders[SHARED] = dataclasses.replace(contenders["compressed"], sharing="cross-layer")
     chosen[SHARED] = chosen["compressed"]
     for length in bench.preset.lengths:
         group = f"L = {length}"
