@@ -104,7 +104,8 @@ void run(const c10::OperatorHandle& op, c10::Stack* stack) {
 void run_softmax(const c10::OperatorHandle& op, c10::Stack* stack) {
   static const c10::OperatorHandle kernel = c10::Dispatcher::singleton().findSchemaOrThrow(kSoftmax, "");
   const bool keep = prepare(op.schema(), *stack).back().toBool();
-  TORCH_CHECK_NOT_IMPLEMENTED(!keep, "what a backward pass needs is for training, which needs Python and cprec_kernels");
+  TORCH_CHECK_NOT_IMPLEMENTED(!keep,
+                              "what a backward pass needs is for training, which needs Python and cprec_kernels");
   stack->pop_back();
   call(kernel, stack);
   stack->emplace_back(c10::List<Tensor>());
