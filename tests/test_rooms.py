@@ -38,7 +38,16 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("cprec_kernels/optim", ".py"): ({"rowwise_adagrad", "rowwise_adamw"}, {"__init__", "_rowwise"}),
     ("cprec_kernels/_triton", ".py"): (
         {"block_embedding", "clustered_softmax", "clustered_topk"},
-        {"__init__", "configs", "common", "tuning", "warmup", "block_embedding_backward", "block_embedding_projection"}
+        {
+            "__init__",
+            "configs",
+            "common",
+            "ids",
+            "tuning",
+            "warmup",
+            "block_embedding_backward",
+            "block_embedding_projection",
+        }
         | {"clustered_softmax_backward", "clustered_softmax_plan", "clustered_softmax_weight", "clustered_rank"}
         | {"clustered_topk_lse", "clustered_topk_prune", "clustered_topk_rows", "clustered_topk_scan"}
         | {"clustered_topk_select"},
@@ -65,7 +74,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("tests/ops", ".py"): ({f"test_{stem}" for stem in STEMS}, set()),
     ("tests/triton", ".py"): (
         {"test_block_embedding", "test_clustered_softmax", "test_clustered_topk"},
-        {"conftest", "interpreter", "test_clustered_rank", "test_tuning", "test_warmup"},
+        {"conftest", "interpreter", "test_clustered_rank", "test_ids", "test_tuning", "test_warmup"},
     ),
     ("tests/optim", ".py"): ({"test_rowwise_adagrad", "test_rowwise_adamw"}, {"test_pending_decay"}),
     ("benchmarks/ops", ".py"): (

@@ -278,7 +278,7 @@ def backward(
         plan = plan_of(order, ids, levels, zeros=zeros)
     else:
         plan = make_plan(target, levels, ignore_index, zeros=zeros)
-    largest, zeros = zeros[:4], zeros[4:]  # both aligned
+    largest, zeros = zeros.narrow(0, 0, 4), zeros.narrow(0, 4, input.shape[1] + 1)  # both aligned
     upstream = normalise(grad_log_prob, grad_uniform, lse_head, lse_tail, plan, largest)
     packed = input.index_select(0, plan.order)
     d_packed = torch.zeros(input.shape if want_input else 0, dtype=torch.float32, device=input.device)

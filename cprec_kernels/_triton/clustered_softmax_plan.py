@@ -309,8 +309,8 @@ def normalise(
         clustered_softmax_normalise_kernel, programs, ratio,
         ratio, largest, scale, flags, count, stride, HAS_UNIFORM=has_uniform, BLOCK=BLOCK, **LAUNCH,
     )  # fmt: skip
-    ratio, lse = ratio.narrow(1, 0, count), lse.narrow(1, 0, count)
-    return Upstream(ratio[0], ratio[1], has_uniform, scale, flags, lse[0], lse[1])
+    rows = [*ratio.narrow(1, 0, count).unbind(0), *lse.narrow(1, 0, count).unbind(0)]
+    return Upstream(rows[0], rows[1], has_uniform, scale, flags, rows[2], rows[3])
 
 
 def aot_cases(arch: int) -> AotCases:
