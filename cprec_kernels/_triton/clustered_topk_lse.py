@@ -23,13 +23,13 @@ from .common import (
     TYPE_NAMES,
     AotCases,
     aot_case,
+    architecture,
     dot_precision,
     launch,
     load_rows,
     num_processors,
     padded_rank,
 )
-from .tuning import best_tile
 
 # Rows and parts that a program of the merge has at a time: four of each per thread.
 MERGE_ROWS = 4
@@ -143,11 +143,9 @@ def log_sum_exp(level: Level, z: Tensor, rows: Rows, lse: Tensor, parents: tuple
     With ``parents``, the first of as many fp32 arrays as there are clusters and their stride, the level is the head.
     """
 
-    def run(tile: configs.Tile) -> tuple[Grid, Tensor, Tensor]:
-        return _sum(tile, level, z, rows)
-
-    tile = best_tile("scan_lse", level.rank, z, run)
-    grid, maxima, sums = run(tile)
+    # The loss's pass has the same tile, but it is another kernel: what tuning finds for that one is not asked for here.
+    tile = configs.tile_for("scan_lse", level.rank, z.dtype, architecture(z.device))
+    grid, maxima, sums = _sum(tile, level, z, rows)
     to, stride = (lse, 0) if parents is None else parents
     launch(
         clustered_topk_lse_kernel, num_processors(z.device) * 8, z,

@@ -32,7 +32,7 @@ from .common import (
 EMPTY = (-(2**31) + 0x7FFFFF) * 2**32 + 2**31
 _EMPTY = tl.constexpr(EMPTY)
 SCALARS = ["width", "first_row", "num_rows", "num_entries", "lo", "k", "capacity", "stride", "level", "is_last"]
-# Keys of a row that are compared with one another at most; above, torch sorts. A program compares so many with half as many at a time.
+# Keys of a row that are compared with one another at most, COMPARE_BLOCK of them at a time; above, torch sorts.
 MAX_COMPARED = 2048
 COMPARE_BLOCK = 64
 

@@ -38,9 +38,9 @@ class Tile:
 
 Key = tuple[str, int, int]  # kernel, padded rank, bytes per element
 
-# 16-bit operands, ranks 16 to 256: the fastest of 25 tiles (of 8 for scan_lse) on an H200 in bf16, without bias, of those
-# that neither Triton spills with one. docs/gpu-status.md has the times. 8 warps at rank 256: 4 spill. 16-bit tiles of 32
-# tokens miss wgmma on sm_90: they are for rank 512 alone, where 64 tokens spill.
+# 16-bit operands, ranks 16 to 256: of 25 tiles (8 for scan_lse) timed on an H200 in bf16, without bias, the fastest that the
+# gate of benchmarks/aot.py passes with one under every Triton, or one within 4% of it that leaves registers free. 8 warps at
+# rank 256: 4 spill. 16-bit tiles of 32 tokens miss wgmma on sm_90: they are for rank 512 alone, where 64 tokens spill.
 _SCAN_LSE = {
     16: Tile(64, 128, 4, 2, 4), 32: Tile(64, 128, 4, 2, 4), 64: Tile(64, 128, 4, 2, 4),
     128: Tile(128, 128, 8, 2, 2), 256: Tile(128, 128, 8, 2, 1), 512: Tile(64, 64, 8, 2, 1),
