@@ -14,7 +14,7 @@ from benchmarks.paper.page import write_page
 from benchmarks.paper.presets import PRESETS
 from benchmarks.paper.store import Store
 from benchmarks.paper.table import TITLES
-from benchmarks.paper.tables import GENERATED, run_table
+from benchmarks.paper.tables import ACCELERATORS, GENERATED, run_table
 
 app = typer.Typer(
     name="benchmarks.paper", add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
@@ -46,6 +46,13 @@ def paper(
     data: Annotated[
         list[Path] | None, typer.Option(help="A folder from `cprec prepare`; repeat it for more. Table 5 needs none.")
     ] = None,
+    accelerator: Annotated[
+        str,
+        typer.Option(
+            help="Where to train: cpu or gpu. Runs that are there already count wherever they were trained; times are "
+            "always the CPU's."
+        ),
+    ] = "cpu",
     page: Annotated[Path | None, typer.Option(help="The page to write. Default: paper.md in --out.")] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Run nothing: write the page from what is in --out.")
@@ -64,6 +71,8 @@ def paper(
 
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
+    if accelerator not in ACCELERATORS:
+        raise unknown("accelerator", accelerator, ACCELERATORS)
     numbers = _tables(table)
     target = page or out / "paper.md"
     if page is not None and not page.parent.is_dir():
@@ -80,7 +89,14 @@ def paper(
             for prepared in [None] if number in GENERATED else opened:
                 where = "" if prepared is None else f", {prepared.name}"
                 typer.echo(f"table {number}: {TITLES[number]}{where}", err=True)
-                run_table(number, store, PRESETS[preset], prepared, lambda doing: typer.echo(f"  {doing}", err=True))
+                run_table(
+                    number,
+                    store,
+                    PRESETS[preset],
+                    prepared,
+                    lambda doing: typer.echo(f"  {doing}", err=True),
+                    accelerator,
+                )
     tables = write_page(out, target)
     typer.echo(f"{target}: {len(tables)} tables, {sum(len(found.rows) for found in tables)} rows")
 

@@ -16,7 +16,8 @@ class Preset:
 
     Args:
         dim, dilations, repeats: of every NextItNet. batch_size, epochs, patience: of every training run.
-        seeds: the first one also tunes. lengths: L in table 1, main_length in all others.
+        seeds: the first one also tunes. lengths: L in table 1, main_length in all others. recbole: whether table 1 has
+            RecBole's NextItNet at main_length, which trains for an hour and a half per seed on a CPU.
         compression, small_compression: that the planner is asked for, for catalogues of more than LARGE items and for
             others.
         grid: values to try per setting ("dropout", "learning_rate", "weight_decay"), one setting after the other, the
@@ -36,6 +37,7 @@ class Preset:
     seeds: tuple[int, ...]
     lengths: tuple[int, ...]
     main_length: int = 20
+    recbole: bool = True
     compression: float
     small_compression: float = 2.0
     grid: dict[str, tuple[float, ...]]
@@ -74,6 +76,7 @@ QUICK = Preset(
     sharings=("none", "adjacent-block"),
     both_tables=False,
     clusters=(1, 3),
+    recbole=False,
     sizes=(10_000, 100_000, 1_000_000),
     rounds=5,
     search_rounds=30,

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.paper import recbole
 from benchmarks.paper.presets import Preset
 from benchmarks.paper.speed import TWIN, measure_models, measure_search, missing_for_search
 from benchmarks.paper.store import Store
@@ -24,6 +26,7 @@ from cprec.training import MONITOR, TrainingConfig, train
 from cprec_kernels import Partition
 from cprec_kernels.planning import Planner
 
+ACCELERATORS = ("cpu", "gpu")  # as Lightning names them
 MODEL_SETTINGS = ("dropout",)  # of the grid; the others are of training
 BLIND = ((0.05, 0.2), 4)  # cuts at fractions of the catalogue, ranks divided by 4, as one would guess
 ZIPF_INTERACTIONS = 20  # per item, in the catalogues of table 5
@@ -47,8 +50,15 @@ SHARED = "compressed, layers shared"
 class Bench:
     """Runs what the tables ask for, unless it is there already."""
 
-    def __init__(self, store: Store, preset: Preset, data: PreparedData | None, tell: Callable[[str], None]) -> None:
-        self.store, self.preset, self._data, self.tell = store, preset, data, tell
+    def __init__(
+        self,
+        store: Store,
+        preset: Preset,
+        data: PreparedData | None,
+        tell: Callable[[str], None],
+        accelerator: str = "cpu",
+    ) -> None:
+        self.store, self.preset, self._data, self.tell, self.accelerator = store, preset, data, tell, accelerator
 
     @property
     def data(self) -> PreparedData:
@@ -74,17 +84,33 @@ class Bench:
             compression = self.preset.compression_for(self.data.num_items)
         return plan_model(self.model(tie_tails=tied), self.data.counts, compression, **options).config
 
-    def train(self, model: NextItNetConfig, length: int, seed: int, **chosen: float) -> Trained:
-        """A training run; ``chosen`` are settings of the grid."""
+    def settings(
+        self, model: NextItNetConfig, length: int, seed: int, accelerator: str, chosen: dict[str, float]
+    ) -> tuple[NextItNetConfig, TrainingConfig, dict[str, Any]]:
+        """Model, training and name in the store of a run."""
         preset = self.preset
         ours: dict[str, Any] = {name: chosen[name] for name in MODEL_SETTINGS if name in chosen}
         model = dataclasses.replace(model, **ours)
+        # Ranks do not depend on it; a GPU would idle over few histories.
+        batch: dict[str, Any] = {"evaluation_batch_size": 4096} if accelerator == "gpu" else {}
         training = TrainingConfig(
             length=length, batch_size=preset.batch_size, epochs=preset.epochs, patience=preset.patience, seed=seed,
-            accelerator="cpu", devices=1,
+            accelerator=accelerator, devices=1, **batch,
             **{name: value for name, value in chosen.items() if name not in MODEL_SETTINGS},  # type: ignore[arg-type]
         )  # fmt: skip
-        settings = {"data": self.data.fingerprint, "model": model.to_dict(), "training": training.to_dict()}
+        return (
+            model,
+            training,
+            {"data": self.data.fingerprint, "model": model.to_dict(), "training": training.to_dict()},
+        )
+
+    def train(self, model: NextItNetConfig, length: int, seed: int, **chosen: float) -> Trained:
+        """A training run; ``chosen`` are settings of the grid. One that is there already may come from another device."""
+        for accelerator in sorted(ACCELERATORS, key=lambda name: name != self.accelerator):
+            settings = self.settings(model, length, seed, accelerator, chosen)[2]
+            if (found := self.store.get("train", settings)) is not None:
+                return Trained(settings, found)
+        model, training, settings = self.settings(model, length, seed, self.accelerator, chosen)
 
         def run() -> dict[str, Any]:
             folder = self.store.work("train", settings)
@@ -94,7 +120,7 @@ class Bench:
                 self.data, model, training, folder, resume=(folder / "config.json").is_file(), progress=False
             )
             shutil.rmtree(folder / "last", ignore_errors=True)  # the state to resume from is three times the weights
-            return finished.to_dict()
+            return finished.to_dict() | {"trained_on": _device(training.accelerator)}
 
         return Trained(settings, self.store.get_or_run("train", settings, run))
 
@@ -140,9 +166,37 @@ class Bench:
         if model.tie_tails:
             row.settings["tails"] = "tied"
         row.settings |= chosen
+        row.settings |= _trained_on([run.result for run in runs])
         if outputs != inputs:
             row.settings |= {"softmax_cutoffs": list(outputs.cutoffs), "softmax_ranks": list(outputs.ranks)}
         return row, runs
+
+    def recbole(self, group: str, length: int) -> Row:
+        """RecBole's NextItNet with its own settings; without figures where its package is not to be had."""
+        preset, results = self.preset, []
+        row = Row(group, "RecBole NextItNet", "twin")
+        for seed in preset.seeds:
+            settings = {
+                "data": self.data.fingerprint, "length": length, "seed": seed, "epochs": preset.epochs,
+                "patience": preset.patience,
+            }  # fmt: skip
+            if self.store.get("recbole", settings) is None and (reason := recbole.missing()) is not None:
+                row.settings = {"skipped": reason}
+                return row
+
+            def run(seed: int = seed) -> dict[str, Any]:
+                self.tell(f"training RecBole's NextItNet, L = {length}, seed {seed}")
+                device = "cuda" if self.accelerator == "gpu" else "cpu"
+                return recbole.train(
+                    self.data, length, seed, preset.epochs, preset.patience, device
+                ) | {"trained_on": _device(self.accelerator)}  # fmt: skip
+
+            results.append(self.store.get_or_run("recbole", settings, run))
+        row.parameters, row.seeds = results[0]["parameters"], len(results)
+        row.metrics = _columns([result["test"] for result in results])
+        row.figures = {"epochs": float(np.mean([result["epochs"] for result in results]))}
+        row.settings = {"settings": "its own"} | _trained_on(results)
+        return row
 
     def popularity(self, group: str, run: Trained) -> Row:
         """The popularity baseline: it ranks every item at its number, the same for every seed."""
@@ -160,11 +214,25 @@ class Bench:
         def run() -> dict[str, Any]:
             self.tell(f"timing steps and searches, L = {length}")
             loaded = {label: self.load(run) for label, run in models.items()}
+            try:
+                own = self.load(twin)
+            except BenchmarkError:  # its times are the same with any weights, as nothing is left out by their values
+                own = NextItNet(NextItNetConfig.from_dict(twin.settings["model"]))
             return measure_models(
-                self.load(twin), loaded, self.data, length, preset.batch_size, preset.rounds, preset.search_rounds
+                own, loaded, self.data, length, preset.batch_size, preset.rounds, preset.search_rounds
             )
 
         return self.store.get_or_run("speed", settings, run)
+
+
+def _device(accelerator: str) -> str:
+    return torch.cuda.get_device_name() if accelerator == "gpu" else "CPU"
+
+
+def _trained_on(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """A setting that names the devices of runs, unless they were CPUs, as most are."""
+    devices = sorted({str(result.get("trained_on", "CPU")) for result in results})
+    return {} if devices == ["CPU"] else {"trained_on": devices}
 
 
 def _columns(results: Sequence[dict[str, float]]) -> dict[str, list[float]]:
@@ -202,6 +270,8 @@ def twin_and_compressed(bench: Bench, add: Callable[[Row], None]) -> None:
             baseline = "twin" if label != "twin" else ""
             rows[label], runs[label] = bench.row(group, label, model, length, chosen[label], baseline)
         add(bench.popularity(group, runs["twin"][0]))
+        if bench.preset.recbole and length == bench.preset.main_length:
+            add(bench.recbole(group, length))
         ours = {label: found[0] for label, found in runs.items() if label != "twin"}
         times = bench.speed(runs["twin"][0], ours, length)
         for label, row in rows.items():
@@ -295,10 +365,15 @@ GENERATED = frozenset({5})  # tables that need no data
 
 
 def run_table(
-    number: int, store: Store, preset: Preset, data: PreparedData | None, tell: Callable[[str], None]
+    number: int,
+    store: Store,
+    preset: Preset,
+    data: PreparedData | None,
+    tell: Callable[[str], None],
+    accelerator: str = "cpu",
 ) -> Table:
-    """Make one table; its file is rewritten after every row."""
-    bench = Bench(store, preset, None if number in GENERATED else data, tell)
+    """Make one table; its file is rewritten after every row. ``accelerator``: "cpu" or "gpu", for training alone."""
+    bench = Bench(store, preset, None if number in GENERATED else data, tell, accelerator)
     about: dict[str, Any] = {}
     asked = preset.compression
     if number not in GENERATED:

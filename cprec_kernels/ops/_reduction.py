@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
@@ -18,6 +20,9 @@ def reduce_loss(
 ) -> Tensor:
     """The loss from :func:`clustered_target_log_prob`'s results; arguments as :func:`clustered_cross_entropy`."""
     check_loss_options(reduction, label_smoothing)
+    # The same number, but torch.compile takes it for a constant. As an input of the graph, which it becomes once two modules
+    # differ in it, it is a tensor on the CPU among those on a device: Inductor of torch 2.11 crashed over that.
+    label_smoothing = math.ldexp(*math.frexp(label_smoothing))
     loss = -log_prob if label_smoothing == 0 else -(1 - label_smoothing) * log_prob - label_smoothing * uniform
     if reduction == "none":
         return loss

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from cprec.batches import ResumableBatches, ordered_batches
+from cprec.cuda_graph import GraphedLoss
 from cprec.evaluation import TOPN, metrics_of_ranks
 from cprec.files import atomic_write
 from cprec.optim import build_optimizer, clip_gradients, finish_steps, prepare_step, warmup_factor
@@ -91,6 +92,7 @@ class TrainingModule(pl.LightningModule):
         self.best = -1.0
         self._ranks: list[Tensor] = []
         self._validation: dict[str, float] = {}
+        self._loss: GraphedLoss | None = None
         self._clock: float | None = None
         self._session_tokens = self._session_seconds = 0.0
         self._reset_epoch()
@@ -162,7 +164,10 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         prepare_step(self.trainer.optimizers[0], self.model.embedding, batch[:, :-1])
-        loss = self.model.loss(batch)
+        if self._loss is None:
+            alone = self.trainer.world_size == 1
+            self._loss = GraphedLoss(self.model, (self.config.batch_size, self.config.length + 1) if alone else None)
+        loss = self._loss(batch)
         self._watch(loss.detach())
         self._tokens += self._batch_tokens
         self._session_tokens += self._batch_tokens

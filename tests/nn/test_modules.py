@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 
 from cprec_kernels import Partition
 from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss
@@ -161,6 +162,29 @@ def test_a_step_compiles_and_exports_whole():
     program = torch.export.export(model, (ids, target), dynamic_shapes=({0: batch}, {0: batch}))
     for a, b in zip(program.module()(ids[:3], target[:3]), model(ids[:3], target[:3]), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_smoothing_is_no_input_of_a_compiled_step():
+    """Inductor makes a float that differs between modules a tensor on the CPU, which a step on a device must not hold."""
+    narrow = []
+
+    def compiler(graph, _inputs):
+        values = [node.meta.get("val") for node in graph.graph.nodes]
+        # results of ours are vectors of float64; a wrapped float is a scalar of it
+        narrow.extend(v for v in values if isinstance(v, torch.Tensor) and v.dtype == torch.float64 and not v.dim())
+        return make_boxed_func(graph.forward)
+
+    def backend(graph, inputs):
+        return aot_module_simplified(graph, inputs, fw_compiler=compiler, bw_compiler=compiler)
+
+    hidden, target = torch.randn(50, 64), make_targets(PARTITION, (50,))
+    for smoothing in (0.0, 0.3, 0.1):
+        head = ClusteredSoftmaxWithLoss(64, PARTITION, label_smoothing=smoothing)
+        expected = head(hidden, target).loss
+        loss = torch.compile(head, backend=backend, fullgraph=True)(hidden, target).loss
+        loss.backward()
+        assert torch.equal(loss, expected)
+    assert not narrow
 
 
 def test_training_lowers_the_loss():
