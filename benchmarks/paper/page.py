@@ -28,11 +28,13 @@ Compression counts all parameters, blocks included. Step and top-10 times are me
 turns ten by ten as a server with one model would run them; the twin runs torch's own ops in their fastest form. "Epoch s" is
 the step's median times the steps of an epoch, and "to metric" that of the epochs until validation NDCG@10 reaches the twin's
 best, empty if it never does. Top 10 is for one history without padding, from its ids on: in the twin by torch's ops
-throughout, in ours by two kernels; "indexed" has an index for the second, and "search" is that one alone.
+throughout, in ours by two kernels; "indexed" has an index for the second, and "search" is that one alone. Models were
+trained on the CPU unless "trained on" names a GPU; all times are the CPU's.
 """
 EXPLANATIONS = {
-    1: "The planned model, without and with shared layers (cross-layer, on the same tables), beside the uncompressed twin and "
-    "the popularity baseline.",
+    1: "The planned model, without and with shared layers (cross-layer, on the same tables), beside the uncompressed twin, "
+    "the popularity baseline and RecBole's NextItNet: its class and settings (predictions from prefixes, batches of 2,048, "
+    "Adam, learning rate 0.001), stopped as the others are.",
     2: "Layers of the residual blocks that share parameters; compared with no sharing on the same tables.",
     3: "Partitions planned for the same compression and for others, with tails tied or apart, with more or fewer clusters, and "
     "one cut blindly, its tails apart.",

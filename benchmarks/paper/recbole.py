@@ -30,10 +30,19 @@ def missing() -> str | None:
     if importlib.util.find_spec("recbole") is None:
         return "RecBole is not installed"
     try:
-        importlib.import_module(MODEL)
+        _model_class()
     except Exception as error:  # of what it imports, at worst something else than an ImportError
         return f"RecBole's NextItNet cannot be imported ({type(error).__name__}: {error})"
     return None
+
+
+def _model_class() -> Any:
+    """RecBole's class; a model beside it turns torch's anomaly mode on when imported, which slows all backward passes."""
+    anomaly, check_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    try:
+        return importlib.import_module(MODEL).NextItNet
+    finally:
+        torch.autograd.set_detect_anomaly(anomaly, check_nan)
 
 
 def defaults() -> dict[str, Any]:
@@ -97,7 +106,7 @@ def build(num_items: int, length: int, device: torch.device) -> Any:
         "USER_ID_FIELD": "user", "ITEM_ID_FIELD": "item", "LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_",
         "ITEM_LIST_LENGTH_FIELD": "item_length", "MAX_ITEM_LIST_LENGTH": length, "device": device,
     }  # fmt: skip
-    return importlib.import_module(MODEL).NextItNet(config, _Catalogue(num_items)).to(device)
+    return _model_class()(config, _Catalogue(num_items)).to(device)
 
 
 def train(data: PreparedData, length: int, seed: int, epochs: int, patience: int, device: str) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def test_every_table_is_there_with_its_baselines(results, data):
     assert found.keys() == TITLES.keys()
     assert all(table.complete for table in found.values())
     rows = {number: {(row.group, row.label): row for row in table.rows} for number, table in found.items()}
-    assert set(rows[1]) == {("L = 4", label) for label in ("popularity", "twin", "compressed", tables.SHARED)}
+    assert set(rows[1]) == {
+        ("L = 4", label) for label in ("popularity", "RecBole NextItNet", "twin", "compressed", tables.SHARED)
+    }
     assert set(rows[2]) == {(f"{kind} tables", name) for kind in ("twin", "compressed") for name in TINY.sharings}
     assert {label for _, label in rows[3]} >= {"twin", "planned", "at most 1, by loss", "cut at 5% and 20%"}
     assert {label for _, label in rows[4]} == {"neither", "embedding", "softmax", "both"}

@@ -1,0 +1,118 @@
+"""RecBole's NextItNet as a baseline of benchmarks.paper, and runs that were trained elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.paper import recbole, tables
+from benchmarks.paper.page import markdown
+from benchmarks.paper.presets import TINY
+from benchmarks.paper.store import Store
+from benchmarks.paper.table import Table
+from cprec.data import PreparedData, Sequences, prepare_synthetic
+from cprec.evaluation import metrics_of_ranks
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paper") / "data"
+    prepare_synthetic(folder, 60, 200, seed=0)
+    return PreparedData.open(folder)
+
+
+def test_every_prefix_is_an_example_in_recboles_layout():
+    sequences = Sequences(np.array([7, 8, 9, 3, 4, 5]), [0, 3, 3, 4, 6])
+    prefixes = recbole._Prefixes(sequences, 2)
+    given, target = prefixes.batch(np.arange(len(prefixes)))
+    assert given.tolist() == [[8, 0], [8, 9], [5, 0]]  # ids from 1 on, padded on the right
+    assert target.tolist() == [9, 10, 6]
+    longer = recbole._Prefixes(Sequences(np.arange(5), [0, 5]), 2).batch(np.array([3]))
+    assert [part.tolist() for part in longer] == [[[3, 4]], [5]]
+
+
+def test_targets_are_ranked_among_the_whole_catalogue(data):
+    torch.manual_seed(0)
+    model = recbole.build(data.num_items, 8, torch.device("cpu"))
+    split = data.evaluation("test")
+    ranks = []
+    for number in range(len(split)):
+        history = split.histories.items[split.histories.starts[number] : split.histories.ends[number]][-8:]
+        given = torch.zeros(1, 8, dtype=torch.int64)
+        given[0, : len(history)] = torch.from_numpy(history.astype(np.int64)) + 1
+        with torch.no_grad():
+            scores = model.eval().full_sort_predict({"item_list": given})[0, 1:]
+        ranks.append(int((scores > scores[int(split.targets[number])]).sum()))
+    ours = recbole.evaluate(model, split, 8, torch.device("cpu"))
+    assert ours == pytest.approx(metrics_of_ranks(np.array(ranks)).to_dict(), abs=1e-3)
+
+
+def test_it_learns_and_stops(data, monkeypatch):
+    faster = recbole.defaults() | {"learning_rate": 0.01, "batch_size": 256}
+    monkeypatch.setattr(recbole, "defaults", lambda: faster)
+    first = recbole.train(data, 8, 0, epochs=1, patience=2, device="cpu")
+    last = recbole.train(data, 8, 0, epochs=40, patience=2, device="cpu")
+    assert first["epochs"] == 1
+    assert last["epochs"] < 40
+    assert last["best_epoch"] == last["epochs"] - 3
+    assert last["validation"]["ndcg@10"] > 2 * first["validation"]["ndcg@10"]
+    # the weights of the best epoch, as a run of so many epochs leaves them
+    again = recbole.train(data, 8, 0, epochs=last["best_epoch"] + 1, patience=2, device="cpu")
+    assert again["test"] == last["test"]
+
+
+def test_a_loss_that_is_not_finite_is_reported(data, monkeypatch):
+    build = recbole.build
+
+    def broken(*arguments):
+        model = build(*arguments)
+        with torch.no_grad():
+            model.final_layer.weight[0, 0] = torch.nan
+        return model
+
+    monkeypatch.setattr(recbole, "build", broken)
+    with pytest.raises(BenchmarkError, match="the loss of RecBole's NextItNet is not finite in epoch 1"):
+        recbole.train(data, 8, 0, epochs=2, patience=1, device="cpu")
+
+
+def test_importing_it_leaves_torchs_switches():
+    assert recbole.missing() is None
+    assert not torch.is_anomaly_enabled()
+
+
+def test_without_the_package_the_row_says_so(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    bench = tables.Bench(Store(tmp_path), TINY, data, lambda doing: None)
+    row = bench.recbole("L = 4", 4)
+    assert row.settings == {"skipped": "RecBole is not installed"}
+    assert "RecBole is not installed" in markdown(Table(1, {}, {}, {}, [row]))
+    with pytest.raises(BenchmarkError, match="RecBole is not installed: pip install --no-deps recbole"):
+        recbole.train(data, 8, 0, epochs=1, patience=1, device="cpu")
+
+
+def test_a_run_counts_wherever_it_was_trained(data, tmp_path, monkeypatch):
+    bench = tables.Bench(Store(tmp_path), dataclasses.replace(TINY, seeds=(0,)), data, lambda doing: None)
+    here = bench.train(bench.model(), 4, 0, dropout=0.0, learning_rate=1e-3, weight_decay=0.01)
+    assert here.result["trained_on"] == "CPU"
+    settings = bench.settings(
+        bench.model(), 4, 1, "gpu", {"dropout": 0.0, "learning_rate": 1e-3, "weight_decay": 0.01}
+    )[2]
+    bench.store.get_or_run("train", settings, lambda: here.result | {"trained_on": "Some GPU"})
+
+    def never(*arguments, **options):
+        raise AssertionError("this run is there already")
+
+    monkeypatch.setattr(tables, "train", never)
+    chosen = {"dropout": 0.0, "learning_rate": 1e-3, "weight_decay": 0.01}
+    for accelerator in tables.ACCELERATORS:
+        asked = tables.Bench(
+            bench.store, dataclasses.replace(TINY, seeds=(0, 1)), data, lambda doing: None, accelerator
+        )
+        row, _ = asked.row("L = 4", "twin", asked.model(), 4, chosen)
+        assert row.settings["trained_on"] == ["CPU", "Some GPU"]
+        assert row.seeds == 2
