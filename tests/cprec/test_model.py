@@ -29,18 +29,21 @@ def ids(*shape, seed=1):
 
 @pytest.mark.parametrize("dilation", [1, 2, 5, 40])
 @pytest.mark.parametrize("kernel_size", [1, 2, 3])
-def test_causal_conv_is_a_left_padded_conv1d(dilation, kernel_size):
+@pytest.mark.parametrize("form", [CausalConv.forward, CausalConv._in_one_product], ids=["cpu", "cuda"])
+def test_causal_conv_is_a_left_padded_conv1d(dilation, kernel_size, form):
     torch.manual_seed(0)
     conv = CausalConv(4, 6, kernel_size).double()
     torch.nn.init.normal_(conv.bias)
     x = torch.randn(3, 9, 4, dtype=torch.float64, requires_grad=True)
     padded = F.pad(x.transpose(1, 2), ((kernel_size - 1) * dilation, 0))
     expected = F.conv1d(padded, conv.weight, conv.bias, dilation=dilation).transpose(1, 2)
-    torch.testing.assert_close(conv(x, dilation), expected)
+    torch.testing.assert_close(form(conv, x, dilation), expected)
     grad = torch.randn_like(expected)
     leaves = (x, conv.weight, conv.bias)
     for ours, theirs in zip(
-        torch.autograd.grad(conv(x, dilation), leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+        torch.autograd.grad(form(conv, x, dilation), leaves, grad),
+        torch.autograd.grad(expected, leaves, grad),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
 
@@ -224,9 +227,14 @@ def test_bf16_autocast():
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("form", ["cpu", "cuda"])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_compiles_to_one_graph(block):
+def test_compiles_to_one_graph(block, form, monkeypatch):
     torch._dynamo.reset()
+    if form == "cuda":
+        monkeypatch.setattr(CausalConv, "forward", lambda self, x, dilation=1, packing=None: (
+            self._in_one_product(x, dilation) if packing is None else self._packed(x, dilation, packing)
+        ))  # fmt: skip
     model = make(block, sharing="cross-block")
     windows = ids(3, 9)
     windows[0, :4] = K
