@@ -17,7 +17,7 @@ class Preset:
     Args:
         dim, dilations, repeats: of every NextItNet. batch_size, epochs, patience: of every training run.
         seeds: the first one also tunes. lengths: L in table 1, main_length in all others. recbole: whether table 1 has
-            RecBole's NextItNet at main_length, which trains for an hour and a half per seed on a CPU.
+            RecBole's NextItNet at main_length, of the first seed: an hour and a half on a CPU.
         compression, small_compression: that the planner is asked for, for catalogues of more than LARGE items and for
             others.
         grid: values to try per setting ("dropout", "learning_rate", "weight_decay"), one setting after the other, the

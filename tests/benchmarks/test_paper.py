@@ -68,7 +68,7 @@ def test_every_table_is_there_with_its_baselines(results, data):
     for table in found.values():
         assert table.preset == json.loads(json.dumps(TINY.to_dict()))
         for row in table.rows:
-            if row.metrics and row.label != "popularity":
+            if row.metrics and row.label not in ("popularity", "RecBole NextItNet"):
                 assert row.seeds == len(TINY.seeds) == len(row.metrics["ndcg@10"])
     twin, compressed, shared = (rows[1]["L = 4", label] for label in ("twin", "compressed", tables.SHARED))
     assert shared.figures["middle_parameters"] <= compressed.figures["middle_parameters"]
