@@ -197,8 +197,8 @@ def findings(table: Table) -> list[str]:
     found = []
     for row in table.rows:
         base = next((other for other in table.rows if (other.group, other.label) == (row.group, row.baseline)), None)
-        if base is None or row.parameters is None or base.parameters is None:
-            continue
+        if base is None or row.parameters is None or base.parameters is None or "step_ms" not in row.figures:
+            continue  # nothing of ours
         parts = [
             f"{base.parameters / row.parameters:.2f} times fewer parameters",
             *(f"{name.upper()} {verdict(row, table.rows, name)}" for name in (MONITOR, "mrr@5") if name in row.metrics),
@@ -213,7 +213,7 @@ def findings(table: Table) -> list[str]:
                 parts.append(f"{what} {number(base.figures[name] / row.figures[name])} times as fast")
         if "to_metric_s" in base.figures and "to_metric_s" not in row.figures:
             parts.append("the twin's best validation NDCG@10 is not reached")
-        found.append(f"- {table.data['name']}, {row.group}: {'; '.join(parts)}.")
+        found.append(f"- {table.data['name']}, {row.group}, {row.label}: {'; '.join(parts)}.")
     return found
 
 

@@ -163,6 +163,8 @@ def evaluate(model: Any, split: EvaluationSplit, length: int, device: torch.devi
         numbers = slice(start, start + EVALUATION_BATCH)
         given = _left_aligned(histories.items, histories.starts[numbers], histories.ends[numbers], length)
         scores = model.full_sort_predict({"item_list": given.to(device)})[:, 1:]
+        if not bool(scores.isfinite().all()):
+            raise BenchmarkError("the scores of RecBole's NextItNet are not finite")
         target = torch.from_numpy(np.asarray(split.targets[numbers], dtype=np.int64)).to(device)[:, None]
         own = scores.gather(1, target)
         earlier = torch.arange(scores.shape[1], device=device) < target

@@ -59,6 +59,11 @@ class Bench:
         accelerator: str = "cpu",
     ) -> None:
         self.store, self.preset, self._data, self.tell, self.accelerator = store, preset, data, tell, accelerator
+        if accelerator == "gpu" and not torch.cuda.is_available():
+            raise BenchmarkError(
+                f"there is no CUDA device here (torch {torch.__version__}): train with --accelerator cpu"
+            )
+        self.device = "CPU" if accelerator == "cpu" else torch.cuda.get_device_name()
 
     @property
     def data(self) -> PreparedData:
@@ -120,7 +125,7 @@ class Bench:
                 self.data, model, training, folder, resume=(folder / "config.json").is_file(), progress=False
             )
             shutil.rmtree(folder / "last", ignore_errors=True)  # the state to resume from is three times the weights
-            return finished.to_dict() | {"trained_on": _device(training.accelerator)}
+            return finished.to_dict() | {"trained_on": self.device}
 
         return Trained(settings, self.store.get_or_run("train", settings, run))
 
@@ -187,7 +192,7 @@ class Bench:
             self.tell(f"training RecBole's NextItNet, L = {length}, seed {seed}")
             device = "cuda" if self.accelerator == "gpu" else "cpu"
             trained = recbole.train(self.data, length, seed, preset.epochs, preset.patience, device)
-            return trained | {"trained_on": _device(self.accelerator)}
+            return trained | {"trained_on": self.device}
 
         result = self.store.get_or_run("recbole", settings, run)
         row.parameters, row.seeds = result["parameters"], 1
@@ -212,19 +217,15 @@ class Bench:
         def run() -> dict[str, Any]:
             self.tell(f"timing steps and searches, L = {length}")
             loaded = {label: self.load(run) for label, run in models.items()}
-            try:
+            if (self.store.work("train", twin.settings) / "weights.safetensors").is_file():
                 own = self.load(twin)
-            except BenchmarkError:  # its times are the same with any weights, as nothing is left out by their values
+            else:  # trained elsewhere; its times are the same with any weights, as nothing is left out by their values
                 own = NextItNet(NextItNetConfig.from_dict(twin.settings["model"]))
             return measure_models(
                 own, loaded, self.data, length, preset.batch_size, preset.rounds, preset.search_rounds
             )
 
         return self.store.get_or_run("speed", settings, run)
-
-
-def _device(accelerator: str) -> str:
-    return torch.cuda.get_device_name() if accelerator == "gpu" else "CPU"
 
 
 def _trained_on(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:

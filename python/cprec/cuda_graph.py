@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -17,8 +18,13 @@ class GraphedLoss:
 
     A NextItNet's step is hundreds of kernels of a few microseconds each, and launching them takes the host far longer than
     running them takes the device. Parameters are read, and gradients handed to autograd, as without graphs: clipping,
-    optimisers, mixed precision and seeds of dropout (by ``torch.manual_seed`` before the call) work as ever. Windows of
-    other shapes, such as an epoch's last ones, on other devices, or of models whose gradients are sparse run as they are.
+    optimisers and seeds of dropout (by ``torch.manual_seed`` before the call) work as ever. Windows of other shapes, such as
+    an epoch's last ones, on other devices, in evaluation, or of models whose gradients are sparse run as they are; so do
+    all where the device has no room for a graph's own memory.
+
+    One loss at a time: its backward pass comes before the next call, and gradients are set to None in between, since loss
+    and gradients lie in memory that the next replay writes over. What a step was when it was captured it stays: autocast,
+    dropout rates, which parameters are trained, hooks on modules. Another thread must not call CUDA during the capture.
 
     Args:
         model: stays where it is and keeps its parameters: the graphs hold their addresses.
@@ -33,10 +39,21 @@ class GraphedLoss:
 
     def __call__(self, windows: Tensor) -> Tensor:
         """The loss, a scalar. That of a replay is overwritten by the next call: copy what has to stay."""
-        if windows.device.type != "cuda" or windows.shape != self.shape or not self.model.training:
+        trains = self.model.training and torch.is_grad_enabled()
+        if windows.device.type != "cuda" or windows.shape != self.shape or not trains:
             return self.model.loss(windows)
         if self._replayed is None:
-            self._replayed = self._capture(windows)
+            try:
+                self._replayed = self._capture(windows)
+            except torch.cuda.OutOfMemoryError:
+                self.shape = None
+                torch.cuda.empty_cache()
+                warnings.warn(
+                    "no memory left for CUDA graphs: training steps are launched kernel by kernel, which is slower; a "
+                    "smaller batch_size may fit",
+                    stacklevel=2,
+                )
+                return self.model.loss(windows)
         return self._replayed(windows)
 
     def _capture(self, windows: Tensor) -> Callable[[Tensor], Tensor]:
@@ -50,7 +67,10 @@ class GraphedLoss:
         # The steps that warm up draw dropout: the caller's seed is for the step that follows.
         with torch.cuda.device(device), torch.random.fork_rng(devices=[device]), narrow:
             replayed = torch.cuda.make_graphed_callables(_Loss(self.model), (windows.clone(),), allow_unused_input=True)
-        return cast("Callable[[Tensor], Tensor]", replayed)
+        # As a module it would hold itself, and with it the graphs' memory, until Python looks for cycles.
+        forward = cast("Callable[[Tensor], Tensor]", replayed.forward)  # type: ignore[union-attr]
+        del replayed.forward  # type: ignore[union-attr]
+        return forward
 
 
 class _Loss(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -117,7 +118,9 @@ class TrainingModule(pl.LightningModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             workers=config.workers,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            # With workers it takes a thread, whose calls of CUDA could meet the capture of a graph.
+            pin_memory=self.trainer.strategy.root_device.type == "cuda"
+            and not (config.workers and self._graphed_shape()),
         )
 
     def val_dataloader(self) -> Any:
@@ -165,13 +168,21 @@ class TrainingModule(pl.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         prepare_step(self.trainer.optimizers[0], self.model.embedding, batch[:, :-1])
         if self._loss is None:
-            alone = self.trainer.world_size == 1
-            self._loss = GraphedLoss(self.model, (self.config.batch_size, self.config.length + 1) if alone else None)
+            self._loss = GraphedLoss(self.model, self._graphed_shape())
         loss = self._loss(batch)
         self._watch(loss.detach())
         self._tokens += self._batch_tokens
         self._session_tokens += self._batch_tokens
         return loss
+
+    def _graphed_shape(self) -> tuple[int, int] | None:
+        """Of batches whose steps may be replayed from graphs; None under DDP, on a single device too."""
+        if not isinstance(self.trainer.strategy, SingleDeviceStrategy):
+            return None
+        return self.config.batch_size, self.config.length + 1
+
+    def on_train_end(self) -> None:
+        self._loss = None  # with the graphs' memory, which the final evaluation may need
 
     def _watch(self, loss: Tensor) -> None:
         """Remember the first step whose loss is not finite; on a CPU, stop there and then."""

@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.paper import recbole, tables
-from benchmarks.paper.page import markdown
+from benchmarks.paper.page import findings, markdown
 from benchmarks.paper.presets import TINY
 from benchmarks.paper.store import Store
-from benchmarks.paper.table import Table
+from benchmarks.paper.table import Row, Table
 from cprec.data import PreparedData, Sequences, prepare_synthetic
 from cprec.evaluation import metrics_of_ranks
 
@@ -80,6 +80,33 @@ def test_a_loss_that_is_not_finite_is_reported(data, monkeypatch):
         recbole.train(data, 8, 0, epochs=2, patience=1, device="cpu")
 
 
+def test_scores_that_are_not_finite_are_no_rank(data):
+    model = recbole.build(data.num_items, 8, torch.device("cpu"))
+    with torch.no_grad():
+        model.final_layer.weight.fill_(torch.nan)
+    with pytest.raises(BenchmarkError, match="scores of RecBole's NextItNet are not finite"):
+        recbole.evaluate(model, data.evaluation("test"), 8, torch.device("cpu"))
+
+
+def test_what_is_said_in_short_is_said_of_our_models():
+    times = {"step_ms": 4.0, "topk_ms": 2.0, "search_ms": 1.0}
+    twin = Row("L = 4", "twin", "", 800, 1, {"ndcg@10": [0.2]}, times | {"to_metric_s": 3.0})
+    ours = Row("L = 4", "compressed", "twin", 100, 1, {"ndcg@10": [0.1]}, times | {"step_ms": 2.0})
+    theirs = Row("L = 4", "RecBole NextItNet", "twin", 900, 1, {"ndcg@10": [0.1]}, {"epochs": 3.0})
+    found = findings(Table(1, {"name": "goods"}, {}, {}, [twin, theirs, ours]))
+    assert found == [
+        "- goods, L = 4, compressed: 8.00 times fewer parameters; NDCG@10 50.0%: one seed; a training step 2.00 times as fast; "
+        "top 10 of a history 1.00 times as fast; its search alone 1.00 times as fast; the twin's best validation NDCG@10 is "
+        "not reached."
+    ]
+
+
+def test_without_a_device_nothing_is_trained_on_one(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BenchmarkError, match=r"no CUDA device here .* --accelerator cpu"):
+        tables.Bench(Store(tmp_path), TINY, data, lambda doing: None, "gpu")
+
+
 def test_importing_it_leaves_torchs_switches():
     assert recbole.missing() is None
     assert not torch.is_anomaly_enabled()
@@ -108,6 +135,8 @@ def test_a_run_counts_wherever_it_was_trained(data, tmp_path, monkeypatch):
         raise AssertionError("this run is there already")
 
     monkeypatch.setattr(tables, "train", never)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     chosen = {"dropout": 0.0, "learning_rate": 1e-3, "weight_decay": 0.01}
     for accelerator in tables.ACCELERATORS:
         asked = tables.Bench(

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from cprec.cuda_graph import GraphedLoss
+from cprec.data import prepare_synthetic
 from cprec.model import NextItNet, NextItNetConfig
+from cprec.training import TrainingConfig, train
 
 SHAPE = (4, 6)
 
@@ -58,6 +60,46 @@ def test_others_run_as_they_are(captured, options, shape, device):
 def test_evaluation_is_not_replayed(captured):
     trained = model()
     loss = GraphedLoss(trained, SHAPE)
+    with torch.no_grad():
+        assert loss(given()) == "eager"
     assert loss(given()) == "replayed"
     trained.eval()
     assert loss(given()) == "eager"
+
+
+def test_without_memory_for_graphs_training_goes_on(monkeypatch):
+    def full(self, windows):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(GraphedLoss, "_capture", full)
+    loss = GraphedLoss(model(), SHAPE)
+    with pytest.warns(UserWarning, match="no memory left for CUDA graphs: .* a smaller batch_size may fit"):
+        assert loss(given()) == "eager"
+    assert loss(given()) == "eager"  # and is not tried again
+
+
+@pytest.mark.parametrize(("strategy", "workers"), [("auto", 0), ("auto", 1), ("ddp", 0)])
+def test_a_run_asks_for_graphs_of_its_full_batches_on_one_device_alone(tmp_path, monkeypatch, strategy, workers):
+    """Under DDP, which one process may be, there are none; nor is a thread that pins memory beside their capture."""
+    from cprec import lightning_module
+
+    asked, pinned = [], []
+
+    class Asked(GraphedLoss):
+        def __init__(self, model, shape):
+            asked.append(shape)
+            super().__init__(model, shape)
+
+    loader = lightning_module.ResumableBatches
+    monkeypatch.setattr(lightning_module, "GraphedLoss", Asked)
+    monkeypatch.setattr(
+        lightning_module, "ResumableBatches",
+        lambda *args, **options: (pinned.append(options["pin_memory"]), loader(*args, **options))[1],
+    )  # fmt: skip
+    data = prepare_synthetic(tmp_path / "data", 50, 60, seed=0)
+    config = TrainingConfig(
+        length=5, batch_size=7, epochs=1, accelerator="cpu", devices=1, strategy=strategy, workers=workers
+    )
+    train(data, NextItNetConfig.from_plan(50, 8, dilations=(1,)), config, tmp_path / "run", progress=False)
+    assert asked == [None if strategy == "ddp" else (7, 6)]
+    assert pinned == [False]

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from cprec.model import NextItNet, NextItNetConfig, ResidualStack
-from cprec.model.nextitnet import CausalConv
+from cprec.model.nextitnet import CausalConv, TapsSideBySide
 
 K, D = 60, 8
 BLOCKS = ["residual", "bottleneck"]
@@ -46,6 +46,32 @@ def test_causal_conv_is_a_left_padded_conv1d(dilation, kernel_size, form):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_gradient_of_taps_side_by_side_is_a_gradient(tmp_path):
+    """Differentiable twice, under torch.func and, where it is traced, saved: as autograd's own."""
+    x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    for lags in ([4, 2, 0], [6, 0], [0]):
+        assert torch.autograd.gradcheck(TapsSideBySide.apply, (x, lags))
+        assert torch.autograd.gradgradcheck(TapsSideBySide.apply, (x, lags))
+    conv = CausalConv(3, 3, 3).double()
+    conv.forward = lambda given: conv._in_one_product(given, 2)
+    torch.testing.assert_close(
+        torch.func.grad(lambda given: conv(given).pow(2).sum())(x.detach()),
+        torch.autograd.grad(conv(x).pow(2).sum(), x)[0],
+    )
+    del conv.forward
+
+    class OnCuda(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, given):
+            return self.conv._in_one_product(given, 2)
+
+    torch.jit.trace(OnCuda(), (x,)).save(tmp_path / "traced.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(x), OnCuda()(x))
 
 
 def test_residual_block_as_published():
