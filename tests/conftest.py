@@ -12,6 +12,8 @@ import torch
 from cprec_kernels import _backend, available_cpu_isas, set_cpu_isa, use_backend
 from cprec_kernels.testing import CASES
 
+pytest.register_assert_rewrite("tests.ops.index_checks")
+
 
 @pytest.fixture(autouse=True)
 def _no_leftovers() -> Iterator[None]:

@@ -71,10 +71,15 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
         | {"softmax_narrow", "transpose_x86", "vec_scalar", "vec_avx2", "vec_avx512"},
     ),
     ("csrc/cuda", ".cu"): ({"block_embedding"}, set()),
-    ("tests/ops", ".py"): ({f"test_{stem}" for stem in STEMS}, set()),
+    ("tests/ops", ".py"): (
+        {f"test_{stem}" for stem in STEMS},
+        {"index_checks", "softmax_inputs", "test_topk_index_edges", "test_topk_index_hunt"}
+        | {f"test_clustered_softmax_{checks}" for checks in ("dispatch", "edges", "gradients")},
+    ),
     ("tests/triton", ".py"): (
         {"test_block_embedding", "test_clustered_softmax", "test_clustered_topk"},
-        {"conftest", "interpreter", "test_clustered_rank", "test_ids", "test_tuning", "test_warmup"},
+        {"conftest", "interpreter", "softmax_checks", "test_clustered_rank", "test_clustered_softmax_host"}
+        | {"test_ids", "test_tuning", "test_warmup"},
     ),
     ("tests/optim", ".py"): ({"test_rowwise_adagrad", "test_rowwise_adamw"}, {"test_pending_decay"}),
     ("benchmarks/ops", ".py"): (

@@ -1,0 +1,62 @@
+"""cprec_kernels.compress: what does not fit is named and leaves the model as it was."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import cprec_kernels
+from cprec_kernels import Partition
+from tests.convert.dense_models import ITEMS, PARTITION, WIDTH, GRULike
+
+
+@pytest.mark.parametrize("options", [{"compression": 3}, {"partition": PARTITION}], ids=str)
+def test_weights_that_are_not_finite_are_named(counts, options):
+    for name, row, place in (("embed.0.weight", (5, 3), "[5, 3]"), ("out.bias", 7, "[7]")):
+        model = GRULike()
+        with torch.no_grad():
+            model.get_parameter(name)[row] = torch.nan
+        with pytest.raises(ValueError, match=re.escape(f"{name}{place} = nan: only finite weights")):
+            cprec_kernels.compress(model, counts, **options)
+
+
+def test_what_does_not_fit_is_named_and_changes_nothing(counts):
+    model = GRULike()
+    partition = {"partition": PARTITION}
+    cases = [
+        (counts, {}, "either compression= or partition="),
+        (counts[1:], partition, r"0 embeddings have 90 rows, as many as counts; there are embed\.0 \(91\)"),
+        (counts, {"partition": Partition.single(91, WIDTH)}, "is of 91 items and width 16, the model has 90 items"),
+        (counts, {**partition, "classifier": "gru"}, "must be an nn.Linear, it is a GRU"),
+        (counts, {**partition, "table": "out"}, "must be an nn.Embedding, it is a Linear"),
+        (counts, {**partition, "padding_idx": 3}, "padding_idx = 3, but the item table declares 0"),
+        (counts, {**partition, "padding_idx": 91}, "padding_idx = 91 is outside 0..90"),
+        (counts, {**partition, "inputs": torch.randn(9, 15)}, r"inputs must be \(N, 16\) with N > 0, got shape \(9, 15\)"),
+        (counts, {**partition, "inputs": torch.full((9, 16), torch.nan)}, "NaN or inf"),
+        (counts * 0, partition, "all zero"),
+        (counts - 20, partition, r"counts\[\d+\] = -\d+\.0 is not a count"),
+        (counts[:, None], partition, "must be 1-D"),
+    ]  # fmt: skip
+    for given, options, message in cases:
+        with pytest.raises((ValueError, TypeError), match=message):
+            cprec_kernels.compress(model, given, **options)
+    assert isinstance(model.embed[0], nn.Embedding)
+    assert isinstance(model.out, nn.Linear)
+    model.second = nn.Linear(WIDTH, ITEMS)
+    with pytest.raises(ValueError, match="several linear layers have one output per item: out, second"):
+        cprec_kernels.compress(model, counts, **partition)
+    model.embed[0].max_norm = 1.0
+    with pytest.raises(ValueError, match="uses max_norm"):
+        cprec_kernels.compress(model, counts, **partition)
+
+
+def test_a_third_module_that_shares_the_table_is_not_left_behind(counts):
+    model = GRULike()
+    model.decoder = nn.Module()
+    model.decoder.register_parameter("table", model.embed[0].weight)
+    with pytest.raises(ValueError, match=r"decoder\.table is the same parameter as the item table's"):
+        cprec_kernels.compress(model, counts, partition=PARTITION)
+    assert isinstance(model.embed[0], nn.Embedding)

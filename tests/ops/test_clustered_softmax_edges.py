@@ -1,0 +1,164 @@
+"""cprec::clustered_softmax: checks 7 to 10 of the ten, strides, edges, wrong arguments, determinism and backends."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cprec_kernels import Partition, functional
+from cprec_kernels.functional import Weights
+from cprec_kernels.reference import clustered_softmax as ref
+from cprec_kernels.testing import copy_weights, make_softmax, weight_tensors
+from tests.ops.softmax_inputs import IGNORE, inputs
+
+# 7 strided and sliced inputs
+
+
+def test_strided_inputs(cpu_backend):
+    partition = Partition(100, [10, 50], [8, 4, 2], 8)
+    weights = make_softmax(partition)
+    hidden, target = inputs(partition, shape=(6, 10))
+    expected = functional.clustered_cross_entropy(hidden[:, ::2].contiguous(), target[:, ::2].contiguous(), weights)
+    sliced = functional.clustered_cross_entropy(hidden[:, ::2], target[:, ::2], weights)
+    transposed = Weights([w.T.contiguous().T for w in weights.weights], weights.projections, *weights[2:])
+    torch.testing.assert_close(sliced, expected)
+    torch.testing.assert_close(functional.clustered_cross_entropy(hidden[:, ::2], target[:, ::2], transposed), expected)
+
+
+# 8 edges
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)])
+def test_empty_batch(case, shape, cpu_backend):
+    weights = copy_weights(make_softmax(case.partition), torch.float32, requires_grad=True)
+    hidden = torch.zeros(*shape, case.partition.embedding_dim)
+    target = torch.zeros(shape, dtype=torch.int64)
+    loss = functional.clustered_cross_entropy(hidden, target, weights)
+    loss.backward()
+    assert loss == 0
+    assert all(torch.count_nonzero(leaf.grad) == 0 for leaf in weight_tensors(weights))
+    assert functional.clustered_cross_entropy(hidden, target, weights, reduction="none").shape == shape
+    assert functional.clustered_log_prob(hidden, weights).shape == (*shape, case.partition.num_items)
+    items = torch.zeros(*shape, 3, dtype=torch.int64)
+    assert functional.clustered_score(hidden, items, weights).shape == (*shape, 3)
+
+
+def test_all_ignored(case, cpu_backend):
+    weights = copy_weights(make_softmax(case.partition), torch.float32, requires_grad=True)
+    hidden, target = inputs(case.partition)
+    loss = functional.clustered_cross_entropy(hidden, torch.full_like(target, IGNORE), weights)
+    loss.backward()
+    assert loss == 0
+    assert all(torch.count_nonzero(leaf.grad) == 0 for leaf in weight_tensors(weights))
+
+
+def test_another_ignore_index():
+    partition = Partition(100, [10, 50], [8, 4, 2], 8)
+    weights = make_softmax(partition)
+    hidden, target = inputs(partition)
+    moved = target.masked_fill(target == IGNORE, 100)
+    torch.testing.assert_close(
+        functional.clustered_cross_entropy(hidden, moved, weights, ignore_index=100),
+        functional.clustered_cross_entropy(hidden, target, weights),
+    )
+
+
+def test_one_hidden_state_without_a_batch():
+    partition = Partition(100, [10, 50], [8, 4, 2], 8)
+    weights = make_softmax(partition)
+    loss = functional.clustered_cross_entropy(torch.randn(8), torch.tensor(99), weights, reduction="none")
+    assert loss.shape == ()
+    assert loss > 0
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_large_logits_stay_finite(scale, cpu_backend):
+    partition = Partition(100, [10, 50], [8, 4, 2], 8)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
+    hidden, target = inputs(partition)
+    loss = functional.clustered_cross_entropy(hidden * scale, target, weights)
+    truth = functional.clustered_cross_entropy(hidden.double() * scale, target, copy_weights(weights, torch.float64))
+    loss.backward()
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
+    assert all(leaf.grad.isfinite().all() for leaf in weight_tensors(weights))
+
+
+def test_nan_input_gives_nan_loss_not_a_crash(cpu_backend):
+    partition = Partition(100, [10, 50], [8, 4, 2], 8)
+    hidden, target = inputs(partition)
+    hidden[0, 0] = math.nan
+    target[0, 0] = 99
+    assert functional.clustered_cross_entropy(hidden, target, make_softmax(partition)).isnan()
+
+
+def test_wrong_arguments_are_named():
+    partition = Partition(100, [10, 50], [8, 4, 2], 8)
+    weights = make_softmax(partition)
+    hidden, target = inputs(partition)
+    call = functional.clustered_cross_entropy
+    with pytest.raises(IndexError, match=r"target\[5\] = 100 is outside 0..99 \(or -100, ignored\)"):
+        call(hidden[0, :6], torch.tensor([0, 1, 2, 3, 4, 100]), weights)
+    with pytest.raises(IndexError, match=r"target\[0\] = -1"):
+        call(hidden[0, :1], torch.tensor([-1]), weights)
+    with pytest.raises(TypeError, match="target must be int64"):
+        call(hidden, target.int(), weights)
+    with pytest.raises(ValueError, match=r"target must be \(7, 9\) to go with input \(7, 9, 8\), got \(7, 8\)"):
+        call(hidden, target[:, 1:], weights)
+    with pytest.raises(ValueError, match=r"input must be \(..., 8\)"):
+        call(hidden[..., 1:], target, weights)
+    with pytest.raises(TypeError, match=r"must share one dtype.*autocast"):
+        call(hidden.double(), target, weights)
+    with pytest.raises(ValueError, match="reduction must be"):
+        call(hidden, target, weights, reduction="max")
+    with pytest.raises(ValueError, match="label_smoothing must be in"):
+        call(hidden, target, weights, label_smoothing=1.5)
+    with pytest.raises(ValueError, match=r"head_bias must be \(12,\), got \(10,\)"):
+        call(hidden, target, weights._replace(head_bias=weights.head_bias[:10]))
+    with pytest.raises(ValueError, match="1 tail biases were given for 2 tail clusters"):
+        call(hidden, target, weights._replace(tail_biases=weights.tail_biases[:1]))
+    with pytest.raises(ValueError, match="leave no item in the head"):
+        call(hidden, target, Weights([torch.ones(2, 8), torch.ones(3, 8), torch.ones(3, 8)]))
+    with pytest.raises(IndexError, match=r"items\[0, 1\] = 100"):
+        functional.clustered_score(hidden[0, :1], torch.tensor([[3, 100]]), weights)
+
+
+# 9 determinism
+
+
+def test_results_repeat_bit_for_bit(case, cpu_backend):
+    weights = copy_weights(make_softmax(case.partition), torch.float32, requires_grad=True)
+    hidden, target = inputs(case.partition, shape=(40, 20))
+
+    def run():
+        loss = functional.clustered_cross_entropy(hidden, target, weights)
+        return loss, *torch.autograd.grad(loss, weight_tensors(weights))
+
+    for a, b in zip(run(), run(), strict=True):
+        assert torch.equal(a, b)
+
+
+# 10 backends: the accelerator form, which may not wait for counts, must agree with the CPU's
+
+
+def test_the_form_without_counts_agrees(case, monkeypatch):
+    """On a device the reference works on every token under a mask instead of asking how many a cluster has."""
+    weights = copy_weights(make_softmax(case.partition), torch.float64, requires_grad=True)
+    hidden, target = inputs(case.partition, torch.float64)
+
+    def run():
+        loss = functional.clustered_cross_entropy(hidden, target, weights, label_smoothing=0.1)
+        return loss, *torch.autograd.grad(loss, weight_tensors(weights))
+
+    expected = run()
+    calls = []
+
+    def every_token(member):
+        calls.append(1)
+        return torch.arange(member.numel()), member
+
+    monkeypatch.setattr(ref, "select_tokens", every_token)
+    for a, b in zip(run(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert calls
