@@ -158,11 +158,10 @@ class Bench:
     ) -> tuple[Row, list[Trained]]:
         """A row with the test metrics of all seeds."""
         runs = [self.train(model, length, seed, **chosen) for seed in self.preset.seeds]
-        twin = model.twin().num_parameters
         row = Row(group, label, baseline, model.num_parameters, len(runs))
         row.metrics = _columns([run.result["test"]["model"] for run in runs])
         row.figures = {
-            "compression": twin / model.num_parameters,
+            "compression": self.model().num_parameters / model.num_parameters,
             "middle_parameters": float(model.backbone_parameters),
             "epochs": float(np.mean([run.result["epochs"] for run in runs])),
         }

@@ -105,10 +105,11 @@ static inline __attribute__((always_inline)) void index_tile(const IndexLevel& l
   }
 }
 
-// Vectors first..last-1, part of one block, for R rows.
-template <class T, int R, int V>
+// Vectors first..last-1, part of one block, for R rows. `kept`: where the first row's logits go, if Kept.
+template <class T, bool Kept, int R, int V>
 static inline __attribute__((always_inline)) void scan_vectors(const IndexLevel& level, int64_t first, int64_t last,
-                                                               const float* tile, const float* shift, Vec (&highest)[R],
+                                                               const float* tile, const float* shift, float* kept,
+                                                               int64_t kept_stride, Vec (&highest)[R],
                                                                Vec (&total)[R]) {
   for (int64_t vector = first; vector < last; vector += V) {
     Vec sums[R][V];
@@ -118,6 +119,7 @@ static inline __attribute__((always_inline)) void scan_vectors(const IndexLevel&
       const Vec by = Vec::broadcast(shift[r]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
+        if constexpr (Kept) sums[r][v].store(kept + r * kept_stride + (vector + v) * Vec::kWidth);
         highest[r] = Vec::max(sums[r][v], highest[r]);
         total[r] = Vec::add(total[r], exp2(Vec::sub(sums[r][v], by)));
       }
@@ -125,7 +127,7 @@ static inline __attribute__((always_inline)) void scan_vectors(const IndexLevel&
   }
 }
 
-template <class T>
+template <class T, bool Kept>
 static void scan_blocks(const IndexLevel& level, const IndexScan& scan) {
   const int64_t vectors = (level.num_items + kIndexGroup - 1) / kIndexGroup * kGroupVectors;
   const int64_t block_vectors = level.block / Vec::kWidth;
@@ -136,14 +138,19 @@ static void scan_blocks(const IndexLevel& level, const IndexScan& scan) {
     for_index_tiles(scan.rows, [&]<int R>(int64_t row) __attribute__((always_inline)) {
       constexpr int V = kIndexVectors<R>;
       const float* tile = scan.tiles + row * level.rank;
+      const int64_t kept_stride = vectors * Vec::kWidth;
+      float* kept = Kept ? scan.logits + row * kept_stride : nullptr;
       Vec highest[R], total[R];
       for (int r = 0; r < R; ++r) {
         highest[r] = Vec::broadcast(kNoEntry);
         total[r] = Vec::zero();
       }
       const int64_t whole = first + (last - first) / V * V;
-      scan_vectors<T, R, V>(level, first, whole, tile, scan.shift + row, highest, total);
-      if constexpr (V > 2) scan_vectors<T, R, 2>(level, whole, last, tile, scan.shift + row, highest, total);
+      const auto scan_range = [&]<int W>(int64_t from, int64_t to) __attribute__((always_inline)) {
+        scan_vectors<T, Kept, R, W>(level, from, to, tile, scan.shift + row, kept, kept_stride, highest, total);
+      };
+      scan_range.template operator()<V>(first, whole);
+      if constexpr (V > 2) scan_range.template operator()<2>(whole, last);
       for (int r = 0; r < R; ++r) {
         scan.maxima[(row + r) * scan.maxima_stride + block] = highest[r].maximum();
         // A block's sum is short enough for fp32; the sum over blocks is not.
@@ -153,12 +160,17 @@ static void scan_blocks(const IndexLevel& level, const IndexScan& scan) {
   }
 }
 
+template <class T>
+static void scan_stored(const IndexLevel& level, const IndexScan& scan) {
+  return scan.logits == nullptr ? scan_blocks<T, false>(level, scan) : scan_blocks<T, true>(level, scan);
+}
+
 static void index_scan(const IndexLevel& level, const IndexScan& scan) {
   switch (level.storage) {
-    case IndexStorage::kFloat32: return scan_blocks<float>(level, scan);
-    case IndexStorage::kFloat16: return scan_blocks<Float16>(level, scan);
-    case IndexStorage::kBFloat16: return scan_blocks<BFloat16>(level, scan);
-    case IndexStorage::kInt8: return scan_blocks<int8_t>(level, scan);
+    case IndexStorage::kFloat32: return scan_stored<float>(level, scan);
+    case IndexStorage::kFloat16: return scan_stored<Float16>(level, scan);
+    case IndexStorage::kBFloat16: return scan_stored<BFloat16>(level, scan);
+    case IndexStorage::kInt8: return scan_stored<int8_t>(level, scan);
   }
 }
 

@@ -23,6 +23,9 @@ constexpr int64_t kMaxSlabs = 64;
 constexpr int64_t kSerialWork = int64_t{1} << 19;
 // Powers of two that a sum of exponentials may reach, and those below its shift that its largest term may lie.
 constexpr double kHeadroom = 100.0, kDepth = 60.0;
+// Logits of a head that are kept, all rows together. To score ten of its wide blocks once more costs a row half as much
+// as its share of the head's scan (3,368 items of rank 64, 16 rows); to write and read its logits, next to nothing.
+constexpr int64_t kKeptLogits = int64_t{1} << 20;
 constexpr double kUnit = 1.0 / (1 << 24);  // of rounding in fp32
 
 struct Level {
@@ -111,17 +114,19 @@ struct Scan {
   const Level* level = nullptr;
   States states;
   Tensor maxima;               // (rows, blocks)
+  Tensor logits;               // (rows, 32 groups) of the head; undefined where they would be too many, or not exact
   std::vector<double> lse;     // (rows,)
   std::vector<double> offset;  // (rows,): what turns a logit into a log-probability
   std::vector<double> error;   // (rows,): of a logit
   std::vector<double> margin;  // (rows,): of the offset
 
   const float* block_maxima(int64_t t) const { return maxima.const_data_ptr<float>() + t * level->blocks(); }
+  const float* row_logits(int64_t t) const { return logits.const_data_ptr<float>() + t * logits.size(1); }
 };
 
 // Runs all slabs of a level. sums (slabs, rows); returns their number.
 inline void run_slabs(const IndexLevel& level, int64_t rows, const float* tiles, const float* shift, float* maxima,
-                      std::vector<double>& sums) {
+                      float* logits, std::vector<double>& sums) {
   const int64_t blocks = (level.num_items + level.block - 1) / level.block;
   const int64_t slab_blocks = (blocks + kMaxSlabs - 1) / kMaxSlabs;
   const int64_t slabs = (blocks + slab_blocks - 1) / slab_blocks;
@@ -136,6 +141,7 @@ inline void run_slabs(const IndexLevel& level, int64_t rows, const float* tiles,
     scan.maxima = maxima;
     scan.maxima_stride = blocks;
     scan.sum = sums.data() + slab * rows;
+    scan.logits = logits;
     cpu_kernels().index_scan(level, scan);
   };
   // An exponential costs about as much as 16 multiplications.
@@ -146,12 +152,12 @@ inline void run_slabs(const IndexLevel& level, int64_t rows, const float* tiles,
   }
 }
 
-// Log-sum-exps, log2, and block maxima (rows, blocks) of `kernel`, a form of `level`.
+// Log-sum-exps, log2, and block maxima (rows, blocks) of `kernel`, a form of `level`; its logits, too, unless null.
 //
 // Sums are taken around a shift that rules out overflow: 0 while |z| |w| is below 100. Where that bound is so loose
 // that the largest logit lies far below the shift, the row is summed again around that logit.
 inline std::vector<double> log_sum_exps(const Level& level, const IndexLevel& kernel, const States& states,
-                                        float* maxima) {
+                                        float* maxima, float* logits = nullptr) {
   const int64_t rank = kernel.rank, blocks = level.blocks();
   std::vector<double> lse(states.rows.size());
   std::vector<int64_t> positions(states.rows.size());
@@ -161,17 +167,17 @@ inline std::vector<double> log_sum_exps(const Level& level, const IndexLevel& ke
     const double bound = states.norm[t] * level.norm + level.bias_max;
     shift[t] = static_cast<float>(std::ceil(std::max(0.0, bound - kHeadroom)));
   }
-  const auto sum = [&](const States& some, const std::vector<float>& by, float* largest) {
+  const auto sum = [&](const States& some, const std::vector<float>& by, float* largest, float* all) {
     std::vector<float> tiles(some.z.size());
     cpu_kernels().index_pack(some.z.data(), some.count(), rank, tiles.data());
     std::vector<double> sums;
-    run_slabs(kernel, some.count(), tiles.data(), by.data(), largest, sums);
+    run_slabs(kernel, some.count(), tiles.data(), by.data(), largest, all, sums);
     std::vector<double> out(some.rows.size());
     for (size_t slab = 0; slab < sums.size(); slab += out.size())
       for (size_t t = 0; t < out.size(); ++t) out[t] += sums[slab + t];
     return out;
   };
-  const std::vector<double> sums = sum(states, shift, maxima);
+  const std::vector<double> sums = sum(states, shift, maxima, logits);
   std::vector<int64_t> again;
   std::vector<float> closer;
   for (int64_t t = 0; t < states.count(); ++t) {
@@ -185,7 +191,8 @@ inline std::vector<double> log_sum_exps(const Level& level, const IndexLevel& ke
   }
   if (again.empty()) return lse;
   const Tensor unused = at::empty({static_cast<int64_t>(again.size()), blocks}, at::kFloat);
-  const std::vector<double> closer_sums = sum(states.subset(again, rank), closer, unused.mutable_data_ptr<float>());
+  const std::vector<double> closer_sums =
+      sum(states.subset(again, rank), closer, unused.mutable_data_ptr<float>(), nullptr);
   for (size_t i = 0; i < again.size(); ++i) lse[static_cast<size_t>(again[i])] = closer[i] + std::log2(closer_sums[i]);
   return lse;
 }
@@ -195,8 +202,15 @@ inline Scan scan_level(const Level& level, States states) {
   scan.level = &level;
   scan.states = std::move(states);
   const auto count = static_cast<size_t>(scan.states.count());
-  scan.maxima = pooled_empty({scan.states.count(), level.blocks()}, at::TensorOptions().dtype(at::kFloat));
-  scan.lse = log_sum_exps(level, level.stored, scan.states, scan.maxima.mutable_data_ptr<float>());
+  const auto floats = at::TensorOptions().dtype(at::kFloat);
+  scan.maxima = pooled_empty({scan.states.count(), level.blocks()}, floats);
+  const int64_t padded = (level.items() + kIndexGroup - 1) / kIndexGroup * kIndexGroup;
+  float* logits = nullptr;
+  if (level.index == 0 && !level.guarded() && scan.states.count() * padded <= kKeptLogits) {
+    scan.logits = pooled_empty({scan.states.count(), padded}, floats);
+    logits = scan.logits.mutable_data_ptr<float>();
+  }
+  scan.lse = log_sum_exps(level, level.stored, scan.states, scan.maxima.mutable_data_ptr<float>(), logits);
   scan.offset.resize(count);
   scan.margin.assign(count, 0.0);
   for (const double norm : scan.states.norm) scan.error.push_back(logit_error(level, norm));

@@ -240,7 +240,7 @@ class ChunkSearch {
     const double offset = parent(level.index, row) - least_lse;
     const float threshold = rows_[static_cast<size_t>(row)].threshold();
     // An item reaches the threshold only with a computed logit of at least `least`.
-    const float least = least_logit(threshold, offset + slack + 1e-5 * (1.0 + std::abs(offset)), false);
+    const float least = near_least_logit(threshold, offset + slack + 1e-5 * (1.0 + std::abs(offset)));
     if (!(bounds.largest >= least)) return false;
     int32_t* open = places(number);
     const int64_t left = cpu_kernels().index_at_least(bounds.upper, number, least, open);
@@ -294,14 +294,15 @@ class ChunkSearch {
       RowSearch& row = rows_[static_cast<size_t>(scan.states.rows[at])];
       const double offset = scan.offset[at] - scan.error[at] - scan.margin[at];
       const float* maxima = scan.block_maxima(t);
-      const float least = least_logit(row.threshold(), offset, true);
+      const float least = near_least_logit(row.threshold(), offset);
       int32_t* above = places(scan.level->blocks());
       const int64_t count = cpu_kernels().index_at_least(maxima, scan.level->blocks(), least, above);
       const int64_t needed = std::min(count, row.maxima_needed());
-      if (needed < count)
-        std::nth_element(above, above + needed, above + count,
-                         [&](int32_t a, int32_t b) { return maxima[a] > maxima[b]; });
-      for (int64_t i = 0; i < needed; ++i) row.offer(score_of(maxima[above[i]], offset));
+      thread_local Scratch<float> memory;
+      float* largest = memory.get(count);
+      for (int64_t i = 0; i < count; ++i) largest[i] = maxima[above[i]];
+      if (needed < count) std::nth_element(largest, largest + needed, largest + count, std::greater<>());
+      for (int64_t i = 0; i < needed; ++i) row.offer(score_of(largest[i], offset));
     });
   }
 
@@ -328,8 +329,8 @@ class ChunkSearch {
       Counters& seen = counters_[static_cast<size_t>(scan.states.rows[at])];
       const float* maxima = scan.block_maxima(t);
       float threshold = row.threshold();
-      float least_block = least_logit(threshold, highest + scan.error[at], false);
-      float least_item = least_logit(threshold, highest, false);
+      float least_block = near_least_logit(threshold, highest + scan.error[at]);
+      float least_item = near_least_logit(threshold, highest);
       int32_t* blocks = places(level.blocks());
       int64_t number;
       if (options_.candidates) {
@@ -340,14 +341,20 @@ class ChunkSearch {
         number = cpu_kernels().index_at_least(maxima, level.blocks(), least_block, blocks);
       }
       std::sort(blocks, blocks + number, [&](int32_t a, int32_t b) { return maxima[a] > maxima[b]; });
-      alignas(64) float logits[kIndexBlock];
+      alignas(64) float scored[kIndexBlock];
+      const float* kept = scan.logits.defined() ? scan.row_logits(t) : nullptr;
       int32_t entries[kIndexBlock];
       for (int64_t i = 0; i < number; ++i) {
         if (!(maxima[blocks[i]] >= least_block)) break;
         const int64_t first = blocks[i] * level.block(), count = std::min(level.block(), level.items() - first);
-        cpu_kernels().index_logits(level.exact, scan.states.row(t, level.stored.rank), first / kIndexGroup,
-                                   (count + kIndexGroup - 1) / kIndexGroup, logits);
-        seen.products += count;
+        const float* logits = scored;
+        if (kept != nullptr) {
+          logits = kept + first;
+        } else {
+          cpu_kernels().index_logits(level.exact, scan.states.row(t, level.stored.rank), first / kIndexGroup,
+                                     (count + kIndexGroup - 1) / kIndexGroup, scored);
+          seen.products += count;
+        }
         const int64_t reaching = cpu_kernels().index_at_least(logits, count, least_item, entries);
         for (int64_t e = 0; e < reaching; ++e) {
           const float logit = logits[entries[e]];
@@ -358,8 +365,8 @@ class ChunkSearch {
         }
         if (row.threshold() > threshold) {
           threshold = row.threshold();
-          least_block = least_logit(threshold, highest + scan.error[at], false);
-          least_item = least_logit(threshold, highest, false);
+          least_block = near_least_logit(threshold, highest + scan.error[at]);
+          least_item = near_least_logit(threshold, highest);
         }
       }
     });

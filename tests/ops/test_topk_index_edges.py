@@ -138,3 +138,21 @@ def test_a_row_does_not_see_its_neighbours(storage, cpu_backend):
                 torch.testing.assert_close(scores, together[0][rows], rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_whether_logits_are_kept_changes_no_bit(cpu_backend):
+    """Logits of a head are kept up to 2^20 of them: those of 30,000 items are for some batches, not for the others."""
+    partition = Partition(40_000, [30_000, 34_000], [24, 9, 4], 24)
+    weights, hidden = make_softmax(partition), make_hidden(partition, (40,))
+    for storage, exact in (("float32", True), ("float16", True), ("int8", False)):
+        arrays = pack(weights, storage, exact, "kd")
+        found = topk_index(hidden, 10, arrays)
+        parts = [topk_index(rows, 10, arrays) for rows in (*hidden[:8].split(1), hidden[8:13], hidden[13:])]
+        whole = topk_index(hidden, 10, arrays, early_termination=False)
+        scores, items, _ = (torch.cat(part) for part in zip(*parts, strict=True))
+        assert torch.equal(found[1], items)
+        assert torch.equal(found[1], whole[1])
+        if cpu_backend == "reference":  # the library's bits depend on the number of rows
+            torch.testing.assert_close(found[0], scores, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(found[0], scores)

@@ -42,7 +42,8 @@ struct IndexScan {
   const float* shift;  // (rows,) above every logit less 120
   float* maxima;       // (rows, maxima_stride) out: largest logit of a block, in powers of two, at its column
   std::int64_t maxima_stride;
-  double* sum;  // (rows,) out: sum of 2^(logit - shift)
+  double* sum;    // (rows,) out: sum of 2^(logit - shift)
+  float* logits;  // (rows, 32 groups) out: all of them, in powers of two; or null
 };
 
 constexpr std::int64_t kLeafRows = 4;  // rows that share a pass over the leaves, at most
