@@ -33,6 +33,7 @@
       cprec::CPREC_ISA::index_scan,                \
       cprec::CPREC_ISA::index_logits,              \
       cprec::CPREC_ISA::index_leaves,              \
+      cprec::CPREC_ISA::index_cut,                 \
       cprec::CPREC_ISA::index_at_least,            \
       cprec::CPREC_ISA::residual_stack,            \
       cprec::CPREC_ISA::residual_stack_workspace,  \

@@ -11,6 +11,7 @@ namespace cprec::index {
 constexpr int64_t kLeafGroups = kIndexLeaf / kIndexGroup;
 // Of a tail's leaves: with more left, a look for their largest logit (two thirds of a scan) mostly finds it needed.
 constexpr double kLeavesWorthALook = 0.1;
+constexpr int64_t kLeavesAtATime = 64;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // What a search did for one row.
@@ -242,9 +243,17 @@ class ChunkSearch {
     // An item reaches the threshold only with a computed logit of at least `least`.
     const float least = near_least_logit(threshold, offset + slack + 1e-5 * (1.0 + std::abs(offset)));
     if (!(bounds.largest >= least)) return false;
+    // A stretch at a time: to find more than are worth a look is to have found enough.
     int32_t* open = places(number);
-    const int64_t left = cpu_kernels().index_at_least(bounds.upper, number, least, open);
-    if (static_cast<double>(left) > kLeavesWorthALook * static_cast<double>(number)) return true;
+    const auto worth = static_cast<int64_t>(kLeavesWorthALook * static_cast<double>(number));
+    int64_t left = 0;
+    for (int64_t first = 0; first < number; first += kLeavesAtATime) {
+      const int64_t some = cpu_kernels().index_at_least(bounds.upper + first, std::min(kLeavesAtATime, number - first),
+                                                        least, open + left);
+      for (int64_t i = 0; i < some; ++i) open[left + i] += static_cast<int32_t>(first);
+      left += some;
+      if (left > worth) return true;
+    }
     const float reaching = static_cast<float>(least - logit_error(level, norm) * (1.0 + 1e-6));
     Counters& seen = counters_[static_cast<size_t>(row)];
     const auto reaches = [&](int64_t leaf) {
@@ -294,10 +303,12 @@ class ChunkSearch {
       RowSearch& row = rows_[static_cast<size_t>(scan.states.rows[at])];
       const double offset = scan.offset[at] - scan.error[at] - scan.margin[at];
       const float* maxima = scan.block_maxima(t);
-      const float least = near_least_logit(row.threshold(), offset);
-      int32_t* above = places(scan.level->blocks());
-      const int64_t count = cpu_kernels().index_at_least(maxima, scan.level->blocks(), least, above);
-      const int64_t needed = std::min(count, row.maxima_needed());
+      const int64_t blocks = scan.level->blocks(), wanted = row.maxima_needed();
+      float least = near_least_logit(row.threshold(), offset);
+      if (least == kNothing && wanted > 0 && wanted < blocks) least = cpu_kernels().index_cut(maxima, blocks, wanted);
+      int32_t* above = places(blocks);
+      const int64_t count = cpu_kernels().index_at_least(maxima, blocks, least, above);
+      const int64_t needed = std::min(count, wanted);
       thread_local Scratch<float> memory;
       float* largest = memory.get(count);
       for (int64_t i = 0; i < count; ++i) largest[i] = maxima[above[i]];
