@@ -19,28 +19,6 @@ constexpr int64_t kMaxRows = 1024;
 constexpr int64_t kCachedNumbers = int64_t{1} << 20;
 constexpr int64_t kRowsPerThread = 16;
 
-Candidates find_candidates(const std::vector<Level>& levels, const Tensor& listed, int64_t num_items) {
-  TORCH_CHECK_TYPE(listed.scalar_type() == at::kLong, "candidates must be int64");
-  TORCH_CHECK_VALUE(listed.dim() == 1, "candidates must be 1-D");
-  Candidates out;
-  out.allowed.assign(static_cast<size_t>(num_items), false);
-  out.blocks.resize(levels.size());
-  const Tensor ids = listed.contiguous();
-  for (int64_t i = 0; i < ids.numel(); ++i) {
-    const int64_t item = ids.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK_INDEX(item >= 0 && item < num_items, "candidates hold ", item, ", outside 0..", num_items - 1);
-    out.allowed[static_cast<size_t>(item)] = true;
-  }
-  for (const Level& level : levels)
-    for (int64_t position = 0; position < level.items(); ++position) {
-      auto& blocks = out.blocks[level.index];
-      const int64_t block = position / level.block();
-      if (out.allowed[static_cast<size_t>(level.item_at(position))] && (blocks.empty() || blocks.back() != block))
-        blocks.push_back(block);
-    }
-  return out;
-}
-
 // The arrays of an index, checked and described; they must outlive it.
 class Packed {
  public:

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <array>
-#include <optional>
 
 #include "torch/topk_index_levels.h"
+#include "torch/topk_index_query.h"
 
 namespace cprec::index {
 
@@ -13,24 +13,6 @@ constexpr int64_t kLeafGroups = kIndexLeaf / kIndexGroup;
 constexpr double kLeavesWorthALook = 0.1;
 constexpr int64_t kLeavesAtATime = 64;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
-
-// What a search did for one row.
-struct Counters {
-  int64_t levels = 0, leaves = 0, products = 0;
-};
-
-// Which items may be returned, and which blocks of every level hold one.
-struct Candidates {
-  std::vector<bool> allowed;
-  std::vector<std::vector<int64_t>> blocks;
-};
-
-struct Options {
-  int64_t k = 0;
-  bool early_termination = true;
-  Tensor exclude, exclude_offsets;  // as the op takes them, contiguous
-  std::optional<Candidates> candidates;
-};
 
 // Some rows of one call.
 class ChunkSearch {
