@@ -23,8 +23,9 @@ constexpr int64_t kMaxSlabs = 64;
 constexpr int64_t kSerialWork = int64_t{1} << 19;
 // Powers of two that a sum of exponentials may reach, and those below its shift that its largest term may lie.
 constexpr double kHeadroom = 100.0, kDepth = 60.0;
-// Logits of a head that are kept, all rows together. To score ten of its wide blocks once more costs a row half as much
-// as its share of the head's scan (3,368 items of rank 64, 16 rows); to write and read its logits, next to nothing.
+// Logits of a head that are kept, all rows of a chunk together. To score ten of its wide blocks once more costs a row
+// half as much as its share of the head's scan (3,368 items of rank 64, 16 rows); to write and read its logits, next to
+// nothing.
 constexpr int64_t kKeptLogits = int64_t{1} << 20;
 constexpr double kUnit = 1.0 / (1 << 24);  // of rounding in fp32
 

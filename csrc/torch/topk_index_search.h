@@ -346,7 +346,8 @@ class ChunkSearch {
         } else {
           cpu_kernels().index_logits(level.exact, scan.states.row(t, level.stored.rank), first / kIndexGroup,
                                      (count + kIndexGroup - 1) / kIndexGroup, scored);
-          seen.products += count;
+          // Not of a level whose logits are kept for fewer rows: what a row counts must not depend on those beside it.
+          if (level.index != 0 || level.guarded()) seen.products += count;
         }
         const int64_t reaching = cpu_kernels().index_at_least(logits, count, least_item, entries);
         for (int64_t e = 0; e < reaching; ++e) {
