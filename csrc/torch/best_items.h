@@ -65,8 +65,8 @@ inline float least_logit(float score, double offset, bool strict) {
 }
 
 // A float hardly below least_logit(score, offset, false), and never above it: whatever lies lower scores less than
-// `score`. To find the last bit took a tenth of what a search does beside its scans. The slack covers the rounding of
-// the score (2^-24 of it, or 0.87e-7 of it as a logit) and that of the bound (2^-24 of it).
+// `score`; without least_logit's search for the last bit. The slack covers the rounding of the score (2^-24 of it, or
+// 0.87e-7 of it as a logit) and that of the bound (2^-24 of it).
 inline float near_least_logit(float score, double offset) {
   const double logit = static_cast<double>(score) / kLn2 - offset;
   const double slack = 2e-7 * (std::abs(static_cast<double>(score)) + std::abs(logit)) + 1e-30;
