@@ -20,7 +20,8 @@ class GraphedLoss:
     running them takes the device. Parameters are read, and gradients handed to autograd, as without graphs: clipping,
     optimisers and seeds of dropout (by ``torch.manual_seed`` before the call) work as ever. Windows of other shapes, such as
     an epoch's last ones, on other devices, in evaluation, or of models whose gradients are sparse run as they are; so do
-    all where the device has no room for a graph's own memory.
+    all where the device has no room for a graph's own memory. Under autocast a parameter of several uses, as in shared layers, is
+    cast for each and its gradients are added in fp32: a replayed step is then the more exact one, by the narrow type's rounding.
 
     One loss at a time: its backward pass comes before the next call, and gradients are set to None in between, since loss
     and gradients lie in memory that the next replay writes over. What a step was when it was captured it stays: autocast,

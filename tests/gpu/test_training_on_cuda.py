@@ -50,14 +50,14 @@ def test_a_replayed_step_is_the_step(options, narrow):
     model = NextItNet(config(**options)).cuda().train()
     graphed = GraphedLoss(model, (BATCH, LENGTH + 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+    # A capture casts a parameter at each of its uses and so adds their gradients in fp32; shared layers show the difference.
+    with torch.autocast("cuda", torch.bfloat16, enabled=narrow, cache_enabled=False):
         for seed in range(4):
             given = windows(seed, BATCH if seed != 2 else 7)  # the third as an epoch's last: not replayed
             expected = step(model, model.loss, given, seed)
             for ours, theirs in zip(step(model, graphed, given, seed), expected, strict=True):
                 assert torch.equal(ours, theirs)
             optimizer.step()  # the next step must read other parameters than the one that was captured
-            torch.clear_autocast_cache()
     assert graphed._replayed is not None
 
 
