@@ -14,6 +14,7 @@ from benchmarks.table import markdown_table, number
 
 MONITOR = "ndcg@10"
 METRICS = ("mrr@5", "mrr@20", "hr@5", "hr@20", "ndcg@5", "ndcg@20")
+BY_LENGTH = (1, 6)  # tables of a twin and a compressed model with times, a group for every length
 TIMES = ("step_ms", "epoch_s", "to_metric_s", "topk_ms", "index_ms", "search_ms")
 INTRODUCTION = """\
 # The paper's claims on real data
@@ -42,6 +43,9 @@ EXPLANATIONS = {
     4: "The partition planned for tails apart on one table, the other or both; settings as tuned for both.",
     5: "Top 10 for one hidden state over generated catalogues with random weights, which let a search leave out more than "
     "trained ones do: \"whole\" leaves nothing out.",
+    6: "The partition is planned for a model whose adjacent blocks share their parameters: what that saves goes to the tables. "
+    "The twin alone is tuned and the other takes its settings; both are trained with more patience than above, and timed at "
+    "one length. The narrower twin of table 1 shows what the width is worth to the twin.",
 }  # fmt: skip
 
 
@@ -165,9 +169,9 @@ def _plot_search(axis: Any, rows: Sequence[Row]) -> bool:
 
 
 def _plot_metric(axis: Any, table: Table) -> bool:
-    """Table 1 by length, the others by parameters; bars are one standard deviation."""
+    """Tables 1 and 6 by length, the others by parameters; bars are one standard deviation."""
     rows = [row for row in table.rows if row.metrics.get(MONITOR)]
-    by_length = table.number == 1
+    by_length = table.number in BY_LENGTH
     names = dict.fromkeys(row.label if by_length else row.group for row in rows)
     for name in names:
         members = [row for row in rows if (row.label if by_length else row.group) == name]
@@ -194,11 +198,12 @@ def _plot_metric(axis: Any, table: Table) -> bool:
 
 
 def findings(table: Table) -> list[str]:
-    """What table 1 says of the claims: a sentence per length."""
+    """What table 1 or 6 says of the claims: a sentence per length."""
     found = []
+    width = f", d = {table.preset['dim']}" if table.number != BY_LENGTH[0] else ""
     for row in table.rows:
         base = next((other for other in table.rows if (other.group, other.label) == (row.group, row.baseline)), None)
-        if base is None or row.parameters is None or base.parameters is None or "step_ms" not in row.figures:
+        if base is None or row.parameters is None or base.parameters is None or not row.settings.get("cutoffs"):
             continue  # nothing of ours
         parts = [
             f"{base.parameters / row.parameters:.2f} times fewer parameters",
@@ -212,9 +217,14 @@ def findings(table: Table) -> list[str]:
         ):
             if row.figures.get(name) and base.figures.get(name):
                 parts.append(f"{what} {number(base.figures[name] / row.figures[name])} times as fast")
-        if "to_metric_s" in base.figures and "to_metric_s" not in row.figures:
+        if "to_metric_epochs" not in row.figures:
             parts.append("the twin's best validation NDCG@10 is not reached")
-        found.append(f"- {table.data['name']}, {row.group}, {row.label}: {'; '.join(parts)}.")
+        elif "to_metric_s" not in row.figures:
+            epochs = [f"{other.figures['to_metric_epochs']:.1f}" for other in (row, base)]
+            parts.append(
+                f"the twin's best validation NDCG@10 after {epochs[0]} epochs, the twin's own after {epochs[1]}"
+            )
+        found.append(f"- {table.data['name']}, {row.group}{width}, {row.label}: {'; '.join(parts)}.")
     return found
 
 
@@ -228,8 +238,8 @@ def _about(table: Table) -> str:
         )
     seeds = len(preset["seeds"])
     lines.append(
-        f"Preset {preset['name']}: {seeds} seed{'s' if seeds > 1 else ''}, at most {preset['epochs']} epochs, d = {preset['dim']}, "
-        f"asked compression {preset['compression']:g}."
+        f"Preset {preset['name']}: {seeds} seed{'s' if seeds > 1 else ''}, at most {preset['epochs']} epochs, patience "
+        f"{preset['patience']}, d = {preset['dim']}, asked compression {preset['compression']:g}."
     )
     lines.append(f"Machine: {made['machine']}; {versions}; commit {made['commit'] or 'unknown'}, {made['date']}.")
     if not table.complete:
@@ -240,7 +250,7 @@ def _about(table: Table) -> str:
 def page(tables: Sequence[Table], page_path: Path, images: Path) -> str:
     """The text of the page; writes its plots into ``images``."""
     parts = [INTRODUCTION]
-    claims = [line for table in tables if table.number == 1 for line in findings(table)]
+    claims = [line for table in tables if table.number in BY_LENGTH for line in findings(table)]
     if claims:
         parts += ["## In short", "", *claims, ""]
     for index, title in TITLES.items():

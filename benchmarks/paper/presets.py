@@ -24,6 +24,8 @@ class Preset:
             first value of each to begin with; chosen by validation NDCG@10, for every model alike.
         sharings, clusters, compressions, small_compressions: of tables 2 and 3; the last two beside those above.
         both_tables: table 2 without block decomposition too.
+        wide_dim, wide_patience, wide_lengths, wide_sharing: of table 6, which is not run without lengths. Its partition is
+            planned for the layers that are shared.
         sizes: catalogues of table 5. rounds, search_rounds: timed steps and searches per contender.
     """
 
@@ -46,6 +48,10 @@ class Preset:
     clusters: tuple[int, ...]
     compressions: tuple[float, ...] = ()
     small_compressions: tuple[float, ...] = ()
+    wide_dim: int = 128
+    wide_patience: int = 8
+    wide_lengths: tuple[int, ...] = ()
+    wide_sharing: str = "adjacent-block"
     sizes: tuple[int, ...]
     rounds: int
     search_rounds: int
@@ -57,6 +63,10 @@ class Preset:
     def other_compressions_for(self, num_items: int) -> tuple[float, ...]:
         """What else table 3 asks it."""
         return self.compressions if num_items > LARGE else self.small_compressions
+
+    def wide(self) -> Preset:
+        """The preset with the width and the patience of table 6."""
+        return dataclasses.replace(self, dim=self.wide_dim, patience=self.wide_patience, lengths=self.wide_lengths)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -95,12 +105,13 @@ FULL = Preset(
     clusters=(1, 3),
     compressions=(4.0,),
     small_compressions=(1.5,),
+    wide_lengths=(20, 50),
     sizes=(10_000, 100_000, 1_000_000, 10_000_000),
     rounds=20,
     search_rounds=200,
 )
 # Every run of it is one of the full preset's, which therefore goes on from there.
-CORE = dataclasses.replace(FULL, name="core", lengths=(20,), both_tables=False)
+CORE = dataclasses.replace(FULL, name="core", lengths=(20,), both_tables=False, wide_lengths=(20,))
 TINY = Preset(
     name="tiny",
     dim=8,
@@ -118,6 +129,9 @@ TINY = Preset(
     both_tables=True,
     clusters=(1, 2),
     small_compressions=(1.1,),
+    wide_dim=16,
+    wide_patience=0,
+    wide_lengths=(4,),
     sizes=(300, 600),
     rounds=2,
     search_rounds=2,

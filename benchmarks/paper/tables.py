@@ -13,6 +13,7 @@ import torch
 from benchmarks.errors import BenchmarkError
 from benchmarks.paper import recbole
 from benchmarks.paper.presets import Preset
+from benchmarks.paper.runs import Trained, columns, epochs_to_reach, trained_on
 from benchmarks.paper.speed import TWIN, measure_models, measure_search, missing_for_search
 from benchmarks.paper.store import Store
 from benchmarks.paper.table import Row, Table
@@ -22,26 +23,15 @@ from cprec.data import PreparedData
 from cprec.evaluation import EvaluationReport
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.planning import plan_model
-from cprec.training import MONITOR, TrainingConfig, train
+from cprec.training import TrainingConfig, train
 from cprec_kernels import Partition
 from cprec_kernels.planning import Planner
 
 ACCELERATORS = ("cpu", "gpu")  # as Lightning names them
 MODEL_SETTINGS = ("dropout",)  # of the grid; the others are of training
 BLIND = ((0.05, 0.2), 4)  # cuts at fractions of the catalogue, ranks divided by 4, as one would guess
+WIDE = 6  # the table of wider models
 ZIPF_INTERACTIONS = 20  # per item, in the catalogues of table 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A finished training run: its settings and what :meth:`cprec.training.RunResult.to_dict` said."""
-
-    settings: dict[str, Any]
-    result: dict[str, Any]
-
-    @property
-    def validation(self) -> float:
-        return float(self.result["validation"]["model"][MONITOR])
 
 
 SHARED = "compressed, layers shared"
@@ -65,6 +55,10 @@ class Bench:
             )
         self.device = "CPU" if accelerator == "cpu" else torch.cuda.get_device_name()
 
+    def wide(self) -> Bench:
+        """The same for the models of table 6."""
+        return Bench(self.store, self.preset.wide(), self._data, self.tell, self.accelerator)
+
     @property
     def data(self) -> PreparedData:
         if self._data is None:
@@ -83,11 +77,15 @@ class Bench:
             return config
         return dataclasses.replace(config, input_partition=partition, output_partition=partition)
 
-    def planned(self, compression: float | None = None, *, tied: bool = True, **options: Any) -> NextItNetConfig:
+    def planned(
+        self, compression: float | None = None, *, tied: bool = True, sharing: str = "none", **options: Any
+    ) -> NextItNetConfig:
         """The model that the planner makes of a compression, by default the preset's; ``tied``: as `cprec train` has it."""
         if compression is None:
             compression = self.preset.compression_for(self.data.num_items)
-        return plan_model(self.model(tie_tails=tied), self.data.counts, compression, **options).config
+        # The planner counts against a twin that shares its layers, too; the tables against the one that shares none.
+        compression *= self.model(sharing=sharing).num_parameters / self.model().num_parameters
+        return plan_model(self.model(tie_tails=tied, sharing=sharing), self.data.counts, compression, **options).config
 
     def settings(
         self, model: NextItNetConfig, length: int, seed: int, accelerator: str, chosen: dict[str, float]
@@ -159,7 +157,7 @@ class Bench:
         """A row with the test metrics of all seeds."""
         runs = [self.train(model, length, seed, **chosen) for seed in self.preset.seeds]
         row = Row(group, label, baseline, model.num_parameters, len(runs))
-        row.metrics = _columns([run.result["test"]["model"] for run in runs])
+        row.metrics = columns([run.result["test"]["model"] for run in runs])
         row.figures = {
             "compression": self.model().num_parameters / model.num_parameters,
             "middle_parameters": float(model.backbone_parameters),
@@ -170,7 +168,7 @@ class Bench:
         if model.tie_tails:
             row.settings["tails"] = "tied"
         row.settings |= chosen
-        row.settings |= _trained_on([run.result for run in runs])
+        row.settings |= trained_on([run.result for run in runs])
         if outputs != inputs:
             row.settings |= {"softmax_cutoffs": list(outputs.cutoffs), "softmax_ranks": list(outputs.ranks)}
         return row, runs
@@ -195,15 +193,15 @@ class Bench:
 
         result = self.store.get_or_run("recbole", settings, run)
         row.parameters, row.seeds = result["parameters"], 1
-        row.metrics = _columns([result["test"]])
+        row.metrics = columns([result["test"]])
         row.figures = {"epochs": float(result["epochs"])}
-        row.settings = {"settings": "its own"} | _trained_on([result])
+        row.settings = {"settings": "its own"} | trained_on([result])
         return row
 
     def popularity(self, group: str, run: Trained) -> Row:
         """The popularity baseline: it ranks every item at its number, the same for every seed."""
         report = EvaluationReport.from_dict(run.result["test"])
-        return Row(group, "popularity", metrics=_columns([report.popularity.to_dict()]))
+        return Row(group, "popularity", metrics=columns([report.popularity.to_dict()]))
 
     def speed(self, twin: Trained, models: dict[str, Trained], length: int) -> dict[str, Any]:
         """Times of steps and searches, see :func:`benchmarks.paper.speed.measure_models`."""
@@ -227,28 +225,6 @@ class Bench:
         return self.store.get_or_run("speed", settings, run)
 
 
-def _trained_on(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """A setting that names the devices of runs, unless they were CPUs, as most are."""
-    devices = sorted({str(result.get("trained_on", "CPU")) for result in results})
-    return {} if devices == ["CPU"] else {"trained_on": devices}
-
-
-def _columns(results: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    return {name: [result[name] for result in results] for name in results[0]}
-
-
-def _epochs_to_reach(goals: Sequence[Trained], runs: Sequence[Trained]) -> float | None:
-    """Mean number of epochs until a run's validation reaches the best of the goal of its seed; None if one never does."""
-    needed = []
-    for goal, run in zip(goals, runs, strict=True):
-        best = max(record["validation"][MONITOR] for record in goal.result["history"])
-        reached = [record["epoch"] + 1 for record in run.result["history"] if record["validation"][MONITOR] >= best]
-        if not reached:
-            return None
-        needed.append(reached[0])
-    return float(np.mean(needed))
-
-
 # Tables: each adds rows one by one and says after every one that there is more to keep
 
 
@@ -261,29 +237,58 @@ def twin_and_compressed(bench: Bench, add: Callable[[Row], None]) -> None:
     chosen = {label: bench.tune(model) for label, model in contenders.items()}
     contenders[SHARED] = dataclasses.replace(contenders["compressed"], sharing="cross-layer")
     chosen[SHARED] = chosen["compressed"]
+
+    def others(group: str, length: int, twins: list[Trained]) -> None:
+        add(bench.popularity(group, twins[0]))
+        if bench.preset.recbole and length == bench.preset.main_length:
+            add(bench.recbole(group, length))
+
+    _by_length(bench, add, contenders, chosen, others, bench.preset.lengths)
+
+
+def _by_length(
+    bench: Bench,
+    add: Callable[[Row], None],
+    contenders: dict[str, NextItNetConfig],
+    chosen: dict[str, dict[str, float]],
+    others: Callable[[str, int, list[Trained]], None],
+    timed: Sequence[int],
+) -> None:
+    """At every length the rows that ``others`` adds, then those of the contenders; "twin" is the baseline.
+
+    ``timed``: the lengths at which steps and searches are timed.
+    """
     for length in bench.preset.lengths:
         group = f"L = {length}"
         rows, runs = {}, {}
         for label, model in contenders.items():
             baseline = "twin" if label != "twin" else ""
             rows[label], runs[label] = bench.row(group, label, model, length, chosen[label], baseline)
-        add(bench.popularity(group, runs["twin"][0]))
-        if bench.preset.recbole and length == bench.preset.main_length:
-            add(bench.recbole(group, length))
-        ours = {label: found[0] for label, found in runs.items() if label != "twin"}
-        times = bench.speed(runs["twin"][0], ours, length)
+        others(group, length, runs["twin"])
         for label, row in rows.items():
-            name = TWIN if label == "twin" else label
-            row.figures |= {kind: times[kind][name]["median_ms"] for kind in ("step_ms", "topk_ms")}
-            for kind in ("index_ms", "search_ms"):
-                if times[kind]:
-                    row.figures[kind] = times[kind][name]["median_ms"]
-            row.figures["epoch_s"] = row.figures["step_ms"] * times["steps"] / 1e3
-            if (needed := _epochs_to_reach(runs["twin"], runs[label])) is not None:
-                row.figures["to_metric_s"] = needed * row.figures["epoch_s"]
-            if label == "twin":
-                row.settings["timed_as"] = times["note"]
+            if (needed := epochs_to_reach(runs["twin"], runs[label])) is not None:
+                row.figures["to_metric_epochs"] = needed
+        if length in timed:
+            _add_times(bench, rows, runs, length)
+        for row in rows.values():
             add(row)
+
+
+def _add_times(bench: Bench, rows: dict[str, Row], runs: dict[str, list[Trained]], length: int) -> None:
+    """Times of the first seed's models: steps, epochs, training to the twin's metric, searches."""
+    ours = {label: found[0] for label, found in runs.items() if label != "twin"}
+    times = bench.speed(runs["twin"][0], ours, length)
+    for label, row in rows.items():
+        name = TWIN if label == "twin" else label
+        row.figures |= {kind: times[kind][name]["median_ms"] for kind in ("step_ms", "topk_ms")}
+        for kind in ("index_ms", "search_ms"):
+            if times[kind]:
+                row.figures[kind] = times[kind][name]["median_ms"]
+        row.figures["epoch_s"] = row.figures["step_ms"] * times["steps"] / 1e3
+        if "to_metric_epochs" in row.figures:
+            row.figures["to_metric_s"] = row.figures["to_metric_epochs"] * row.figures["epoch_s"]
+        if label == "twin":
+            row.settings["timed_as"] = times["note"]
 
 
 def sharing_schemes(bench: Bench, add: Callable[[Row], None]) -> None:
@@ -358,7 +363,33 @@ def search_by_size(bench: Bench, add: Callable[[Row], None]) -> None:
         add(row)
 
 
-TABLES = {1: twin_and_compressed, 2: sharing_schemes, 3: clusters_and_ranks, 4: tables_compressed, 5: search_by_size}
+def twice_as_wide(bench: Bench, add: Callable[[Row], None]) -> None:
+    """Table 6: a wider twin, tuned, and the model planned for shared layers, which takes the twin's settings.
+
+    And the twin of table 1, so that the wider one is not a weaker baseline unseen.
+    """
+    wide = bench.wide()
+    contenders = {"twin": wide.model(), SHARED: wide.planned(sharing=bench.preset.wide_sharing)}
+    chosen = wide.tune(contenders["twin"])
+    narrow, label = bench.model(), f"twin, d = {bench.preset.dim}"
+    narrowly = bench.tune(narrow)
+
+    def others(group: str, length: int, twins: list[Trained]) -> None:
+        row = bench.row(group, label, narrow, length, narrowly, "twin")[0]
+        row.figures["compression"] = wide.model().num_parameters / narrow.num_parameters
+        add(row)
+
+    _by_length(wide, add, contenders, dict.fromkeys(contenders, chosen), others, (bench.preset.main_length,))
+
+
+TABLES = {
+    1: twin_and_compressed,
+    2: sharing_schemes,
+    3: clusters_and_ranks,
+    4: tables_compressed,
+    5: search_by_size,
+    WIDE: twice_as_wide,
+}
 GENERATED = frozenset({5})  # tables that need no data
 
 
@@ -381,7 +412,7 @@ def run_table(
             "name": bench.data.name, "fingerprint": bench.data.fingerprint, "users": sizes["users"],
             "items": sizes["items"], "interactions": sizes["train_interactions"],
         }  # fmt: skip
-    described = preset.to_dict() | {"compression": asked}
+    described = (preset.wide() if number == WIDE else preset).to_dict() | {"compression": asked}
     table = Table(number, about, described, dataclasses.asdict(Provenance.here()))
 
     def add(row: Row) -> None:

@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.topk_index import IndexArrays, check_arrays
+from ..ops.topk_index import LISTS, IndexArrays, check_arrays
 from ..partition import Partition
 from .index_packing import BLOCKS, STORAGES
 
 MAGIC = b"CPRECTKI"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PREFIX = struct.Struct("<8sIII")
 ALIGNMENT = 4096
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*STORAGES.values(), torch.int32, torch.float64)}
@@ -245,7 +245,7 @@ def _assemble(partition: Partition, named: dict[str, Tensor]) -> IndexArrays:
         level = int(place) if dot and place.isascii() and place.isdigit() and len(place) < 4 else -1
         if not dot and field in ("bounds", "parents", "parent_bias"):
             lists[field] = array
-        elif field in IndexArrays._fields[1:9] and 0 <= level < partition.num_clusters:
+        elif field in IndexArrays._fields[LISTS] and 0 <= level < partition.num_clusters:
             lists[field][level] = array
         else:
             raise BrokenFileError(f"it holds {name}, which is not part of an index of {partition.num_clusters} levels")

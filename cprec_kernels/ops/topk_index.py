@@ -19,12 +19,13 @@ from .clustered_topk import Exclude, check_choice, check_choice_values, choice_o
 
 TOPK_INDEX = define(
     "topk_index(Tensor input, int k, int[] sizes, Tensor[] groups, Tensor[] scales, Tensor[] exact, Tensor[] biases,"
-    " Tensor[] projections, Tensor[] ids, Tensor[] leaves, Tensor[] leaf_stats, Tensor bounds, Tensor parents,"
-    " Tensor parent_bias, Tensor? exclude, Tensor? exclude_offsets, Tensor? candidates, bool early_termination)"
+    " Tensor[] projections, Tensor[] ids, Tensor[] leaves, Tensor[] leaf_stats, Tensor[] leaf_bases, Tensor bounds,"
+    " Tensor parents, Tensor parent_bias, Tensor? exclude, Tensor? exclude_offsets, Tensor? candidates, bool early_termination)"
     " -> (Tensor scores, Tensor items, Tensor counters)"
 )
 GROUP, LEAF = ref.GROUP, ref.LEAF
-NUM_BOUNDS = 5
+NUM_BOUNDS = 6
+LISTS = slice(1, 10)  # fields of IndexArrays with an entry per level
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 IN_LARGE_PAGES = _backend.native("in_large_pages", "cpu", STORED_DTYPES)
 
@@ -45,11 +46,13 @@ class IndexArrays(NamedTuple):
     projections: Q_j (r_j, d) float32. Absent where r_j = d.
     ids: (32 G_j,) int32: item of every packed position, -1 behind the last. Absent where the order is that of the ids.
     leaves: (ceil(L_j / 32), 3, r_j, 32) float32, leaf l at [l // 32, :, :, l % 32]: mean of the weights, centre and
-        half-width of their bounding box, the last rounded up. Absent for the head and without blocks.
+        half-width of their bounding box, the last rounded up, all in the basis below. Absent for the head and without blocks.
     leaf_stats: (ceil(L_j / 32), 4, 32) float32: largest |weight - mean| rounded up, log2 of the number of items (-1e30
         behind the last leaf), largest bias, mean bias. Absent with ``leaves``.
-    bounds: (n, 5) float64, rounded up: largest |weight - stored weight|, largest |weight|, fp32 or stored, largest
-        |weight - mean of the level|, largest bias - mean bias, largest |bias|.
+    leaf_bases: A_j (r_j, r_j) float32, invertible: leaves hold A_j^-T w of a weight w and take A_j z of a row z, which
+        leaves their inner product as it is. Absent with ``leaves``.
+    bounds: (n, 6) float64, rounded up: largest |weight - stored weight|, largest |weight|, fp32 or stored, largest
+        |weight - mean of the level|, largest bias - mean bias, largest |bias|, largest |weight| in the leaves' basis.
     parents: (n - 1, r_0) float32, the rows of the parent labels. parent_bias: (n - 1,) float32, or absent.
     """
 
@@ -62,6 +65,7 @@ class IndexArrays(NamedTuple):
     ids: Sequence[Tensor]
     leaves: Sequence[Tensor]
     leaf_stats: Sequence[Tensor]
+    leaf_bases: Sequence[Tensor]
     bounds: Tensor
     parents: Tensor
     parent_bias: Tensor
@@ -81,16 +85,16 @@ class IndexArrays(NamedTuple):
         """An index of levels of these sizes in which nothing is there yet; ``rank`` is the head's."""
         lists = [
             [torch.empty(0, dtype=torch.int32 if name == "ids" else torch.float32) for _ in sizes]
-            for name in cls._fields[1:9]
+            for name in cls._fields[LISTS]
         ]
         return cls._make([list(sizes), *lists, torch.empty(0), torch.empty(0, rank), torch.empty(0)])
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Every array with its name, ``groups.0`` for entry 0 of the list ``groups``, level by level."""
         for j in range(len(self.sizes)):
-            for name, entries in zip(self._fields[1:9], self[1:9], strict=True):
+            for name, entries in zip(self._fields[LISTS], self[LISTS], strict=True):
                 yield f"{name}.{j}", entries[j]
-        yield from zip(self._fields[9:], self[9:], strict=True)
+        yield from zip(self._fields[LISTS.stop :], self[LISTS.stop :], strict=True)
 
     def in_large_pages(self) -> IndexArrays:
         """The same, the packed items copied to large pages where module and system have them: fewer address misses."""
@@ -100,7 +104,7 @@ class IndexArrays(NamedTuple):
 
     def args(self) -> tuple[list[int] | list[Tensor] | Tensor, ...]:
         """As the op takes them."""
-        return (list(self.sizes), *map(list, self[1:9]), *self[9:])
+        return (list(self.sizes), *map(list, self[1:10]), *self[10:])  # LISTS, as types go
 
 
 # Implementations
@@ -133,7 +137,7 @@ def check_arrays(arrays: IndexArrays) -> None:
     levels = len(sizes)
     if levels == 0:
         raise ValueError("an index must have at least one level; build it again")
-    for name, entries in zip(IndexArrays._fields[1:9], arrays[1:9], strict=True):
+    for name, entries in zip(IndexArrays._fields[LISTS], arrays[LISTS], strict=True):
         if len(entries) != levels:
             raise ValueError(f"{name} has {len(entries)} entries for {levels} levels; build the index again")
     for j, (size, group) in enumerate(zip(sizes, groups, strict=True)):
@@ -177,9 +181,11 @@ def check_arrays(arrays: IndexArrays) -> None:
         if j == 0:
             _expect_absent(arrays.leaves[j], "leaves[0]", "the head has none")
             _expect_absent(arrays.leaf_stats[j], "leaf_stats[0]", "the head has no leaves")
-        elif arrays.leaves[j].numel() > 0 or arrays.leaf_stats[j].numel() > 0:
+            _expect_absent(arrays.leaf_bases[j], "leaf_bases[0]", "the head has no leaves")
+        elif any(of[j].numel() > 0 for of in (arrays.leaves, arrays.leaf_stats, arrays.leaf_bases)):
             _expect(arrays.leaves[j], (-(-num_leaves // GROUP), 3, rank, GROUP), torch.float32, f"leaves[{j}]")
             _expect(arrays.leaf_stats[j], (-(-num_leaves // GROUP), 4, GROUP), torch.float32, f"leaf_stats[{j}]")
+            _expect(arrays.leaf_bases[j], (rank, rank), torch.float32, f"leaf_bases[{j}]")
     _expect(arrays.bounds, (levels, NUM_BOUNDS), torch.float64, "bounds")
     _expect(arrays.parents, (levels - 1, groups[0].shape[1]), torch.float32, "parents")
     if arrays.parent_bias.numel() > 0:

@@ -45,6 +45,7 @@ def topk_index(
     ids: Sequence[Tensor],
     leaves: Sequence[Tensor],
     leaf_stats: Sequence[Tensor],
+    leaf_bases: Sequence[Tensor],
     bounds: Tensor,
     parents: Tensor,
     parent_bias: Tensor,

@@ -33,8 +33,10 @@
       cprec::CPREC_ISA::index_scan,                \
       cprec::CPREC_ISA::index_logits,              \
       cprec::CPREC_ISA::index_leaves,              \
+      cprec::CPREC_ISA::index_look,                \
       cprec::CPREC_ISA::index_cut,                 \
       cprec::CPREC_ISA::index_at_least,            \
+      cprec::CPREC_ISA::index_mark,                \
       cprec::CPREC_ISA::residual_stack,            \
       cprec::CPREC_ISA::residual_stack_workspace,  \
       cprec::CPREC_ISA::row_adamw,                 \

@@ -51,59 +51,71 @@ constexpr int kIndexVectors = R == 1               ? 8
                               : R <= Vec::kRowStep ? 4
                                                    : 2;
 
-// Logits, in powers of two, of R rows and the items of V vectors from vector `first` of the level.
-template <class T, int R, int V>
-static inline __attribute__((always_inline)) void index_tile(const IndexLevel& level, int64_t first, const float* tile,
-                                                             Vec (&sums)[R][V]) {
+// The items of V vectors from vector `first` of a level.
+template <class T, int V>
+struct ItemVectors {
   const T* items[V];
   Vec bias[V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) {
-    const int64_t vector = first + v;
-    items[v] = static_cast<const T*>(level.groups) + vector / kGroupVectors * level.rank * kIndexGroup +
-               vector % kGroupVectors * Vec::kWidth;
-    bias[v] = level.bias == nullptr ? Vec::zero()
-                                    : Vec::mul(Vec::load(level.bias + vector * Vec::kWidth), Vec::broadcast(kLog2E));
-  }
-  constexpr bool kScaled = sizeof(T) == 1;
-  // One row waits for memory: the next groups are fetched ahead, whole steps of this loop so as to meet them in order.
-  const int64_t step = level.rank * V * Vec::kWidth;
-  const int64_t ahead = (kAheadBytes / static_cast<int64_t>(sizeof(T)) + step - 1) / step * step;
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sums[r][v] = kScaled ? Vec::zero() : bias[v];
-  for (int64_t c = 0; c < level.rank; ++c) {
-    Vec columns[V];
+  const IndexLevel& level;
+  int64_t first;
+  bool whole;  // none of them lies beyond the last item
+
+  inline __attribute__((always_inline)) ItemVectors(const IndexLevel& of, int64_t from)
+      : level(of), first(from), whole((from + V) * Vec::kWidth <= of.num_items) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      columns[v] = Vec::load(items[v] + c * kIndexGroup);
-      if constexpr (R == 1) __builtin_prefetch(items[v] + c * kIndexGroup + ahead, 0, 2);
+      const int64_t vector = first + v;
+      items[v] = static_cast<const T*>(level.groups) + vector / kGroupVectors * level.rank * kIndexGroup +
+                 vector % kGroupVectors * Vec::kWidth;
+      bias[v] = level.bias == nullptr ? Vec::zero()
+                                      : Vec::mul(Vec::load(level.bias + vector * Vec::kWidth), Vec::broadcast(kLog2E));
     }
+  }
+
+  // Their logits, in powers of two, for R rows. element(c, r): column c of row r.
+  template <int R, class Element>
+  inline __attribute__((always_inline)) void logits(Element element, Vec (&sums)[R][V]) const {
+    constexpr bool kScaled = sizeof(T) == 1;
+    // One row waits for memory: the next groups are fetched ahead, whole steps of this loop so as to meet them in
+    // order.
+    const int64_t step = level.rank * V * Vec::kWidth;
+    const int64_t ahead = (kAheadBytes / static_cast<int64_t>(sizeof(T)) + step - 1) / step * step;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec element = Vec::broadcast(tile[c * R + r]);
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[r][v] = Vec::fma(element, columns[v], sums[r][v]);
-    }
-  }
-  if constexpr (kScaled) {
+      for (int v = 0; v < V; ++v) sums[r][v] = kScaled ? Vec::zero() : bias[v];
+    for (int64_t c = 0; c < level.rank; ++c) {
+      Vec columns[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const Vec scale = Vec::broadcast(level.scales[(first + v) / kGroupVectors]);
+      for (int v = 0; v < V; ++v) {
+        columns[v] = Vec::load(items[v] + c * kIndexGroup);
+        if constexpr (R == 1) __builtin_prefetch(items[v] + c * kIndexGroup + ahead, 0, 2);
+      }
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sums[r][v] = Vec::fma(scale, sums[r][v], bias[v]);
+      for (int r = 0; r < R; ++r) {
+        const Vec factor = Vec::broadcast(element(c, r));
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[r][v] = Vec::fma(factor, columns[v], sums[r][v]);
+      }
+    }
+    if constexpr (kScaled) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const Vec scale = Vec::broadcast(level.scales[(first + v) / kGroupVectors]);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sums[r][v] = Vec::fma(scale, sums[r][v], bias[v]);
+      }
+    }
+    // Beyond the last item nothing is large.
+    if (!whole) {
+      float out_of_range[V * Vec::kWidth];
+      for (int64_t i = 0; i < V * Vec::kWidth; ++i)
+        out_of_range[i] = first * Vec::kWidth + i < level.num_items ? 0.0f : kNoEntry;
+      for (int v = 0; v < V; ++v)
+        for (int r = 0; r < R; ++r) sums[r][v] = Vec::add(sums[r][v], Vec::load(out_of_range + v * Vec::kWidth));
     }
   }
-  // Beyond the last item nothing is large.
-  if ((first + V) * Vec::kWidth > level.num_items) {
-    float out_of_range[V * Vec::kWidth];
-    for (int64_t i = 0; i < V * Vec::kWidth; ++i)
-      out_of_range[i] = first * Vec::kWidth + i < level.num_items ? 0.0f : kNoEntry;
-    for (int v = 0; v < V; ++v)
-      for (int r = 0; r < R; ++r) sums[r][v] = Vec::add(sums[r][v], Vec::load(out_of_range + v * Vec::kWidth));
-  }
-}
+};
 
 // Vectors first..last-1, part of one block, for R rows. `kept`: where the first row's logits go, if Kept.
 template <class T, bool Kept, int R, int V>
@@ -113,7 +125,7 @@ static inline __attribute__((always_inline)) void scan_vectors(const IndexLevel&
                                                                Vec (&total)[R]) {
   for (int64_t vector = first; vector < last; vector += V) {
     Vec sums[R][V];
-    index_tile<T>(level, vector, tile, sums);
+    ItemVectors<T, V>(level, vector).template logits<R>([&](int64_t c, int r) { return tile[c * R + r]; }, sums);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec by = Vec::broadcast(shift[r]);
@@ -181,7 +193,7 @@ static void logits_of_groups(const IndexLevel& level, const float* z, int64_t fi
   const auto vectors = [&]<int V>(int64_t from, int64_t to) {
     for (int64_t vector = from; vector < to; vector += V) {
       Vec sums[1][V];
-      index_tile<T>(level, vector, z, sums);
+      ItemVectors<T, V>(level, vector).template logits<1>([&](int64_t c, int) { return z[c]; }, sums);
       for (int v = 0; v < V; ++v) sums[0][v].store(out + (vector - begin + v) * Vec::kWidth);
     }
   };
@@ -198,6 +210,76 @@ static void index_logits(const IndexLevel& level, const float* z, int64_t first,
     case IndexStorage::kFloat16: return logits_of_groups<Float16>(level, z, first, count, out);
     case IndexStorage::kBFloat16: return logits_of_groups<BFloat16>(level, z, first, count, out);
     case IndexStorage::kInt8: return logits_of_groups<int8_t>(level, z, first, count, out);
+  }
+}
+
+// Bit r: one of V vectors holds a logit that reaches what row r looks for. Of `count` rows, named in `rows`; two at a
+// time, the last one with itself: one kind of tile, and one branch to foresee.
+template <class T, int V>
+static inline __attribute__((always_inline)) uint32_t rows_reached(const IndexLevel& level, const IndexLook& look,
+                                                                   int64_t vector, const int* rows, int count) {
+  const ItemVectors<T, V> items(level, vector);
+  uint32_t reached = 0;
+  for (int i = 0; i < count; i += 2) {
+    const int one = rows[i], other = rows[i + 1 < count ? i + 1 : i];
+    const float *z0 = look.z + one * level.rank, *z1 = look.z + other * level.rank;
+    Vec sums[2][V];
+    items.template logits<2>([&](int64_t c, int r) { return r == 0 ? z0[c] : z1[c]; }, sums);
+#pragma GCC unroll 4
+    for (int v = 1; v < V; ++v)
+      for (int r = 0; r < 2; ++r) sums[r][0] = Vec::max(sums[r][v], sums[r][0]);
+    const auto reaches = [&](int r, int row) {
+      return Vec::at_least(sums[r][0], Vec::broadcast(look.least[row])) != 0 ? 1u << row : 0u;
+    };
+    reached |= reaches(0, one) | reaches(1, other);
+  }
+  return reached;
+}
+
+// Leaf by leaf, each for all rows that look at it: a leaf is fetched once.
+template <class T>
+static void look_at_leaves(const IndexLevel& level, const IndexLook& look) {
+  constexpr int64_t kLeafWidth = kIndexLeaf / Vec::kWidth;
+  const int64_t vectors = (level.num_items + kIndexGroup - 1) / kIndexGroup * kGroupVectors;
+  const int64_t words = (look.num_leaves + 63) / 64;
+  uint32_t looking = 0;  // bit r: row r has reached nothing yet
+  for (int64_t row = 0; row < look.rows; ++row) {
+    look.seen[row] = 0;
+    looking |= 1u << row;
+  }
+  for (int64_t word = 0; word < words; ++word) {
+    uint32_t visitors[64] = {};  // of a leaf, bit r: row r
+    uint64_t visited = 0;
+    for (int64_t row = 0; row < look.rows; ++row) {
+      if ((looking >> row & 1u) == 0) continue;
+      const uint64_t own = look.leaves[row * words + word];
+      visited |= own;
+      for (uint64_t left = own; left != 0; left &= left - 1) visitors[__builtin_ctzll(left)] |= 1u << row;
+    }
+    for (; visited != 0; visited &= visited - 1) {
+      const int i = __builtin_ctzll(visited);
+      int rows[kLookRows], count = 0;
+      for (uint32_t open = visitors[i] & looking; open != 0; open &= open - 1) {
+        rows[count] = __builtin_ctz(open);
+        ++look.seen[rows[count++]];
+      }
+      if (count == 0) continue;
+      int64_t vector = (word * 64 + i) * kLeafWidth;
+      const int64_t last = vector + kLeafWidth < vectors ? vector + kLeafWidth : vectors;
+      for (; vector + 4 <= last; vector += 4) looking &= ~rows_reached<T, 4>(level, look, vector, rows, count);
+      if constexpr (kGroupVectors < 4)  // the level's last group
+        if (vector < last) looking &= ~rows_reached<T, kGroupVectors>(level, look, vector, rows, count);
+    }
+  }
+  for (int64_t row = 0; row < look.rows; ++row) look.reached[row] = static_cast<char>((looking >> row & 1u) == 0);
+}
+
+static void index_look(const IndexLevel& level, const IndexLook& look) {
+  switch (level.storage) {
+    case IndexStorage::kFloat32: return look_at_leaves<float>(level, look);
+    case IndexStorage::kFloat16: return look_at_leaves<Float16>(level, look);
+    case IndexStorage::kBFloat16: return look_at_leaves<BFloat16>(level, look);
+    case IndexStorage::kInt8: return look_at_leaves<int8_t>(level, look);
   }
 }
 
@@ -245,6 +327,28 @@ static int64_t index_at_least(const float* values, int64_t count, float least, i
   return found;
 }
 
+// Bit i of words (ceil(count / 64),): values[i] is at least `least`. Returns how many are.
+static int64_t index_mark(const float* values, int64_t count, float least, uint64_t* words) {
+  static_assert(64 % Vec::kWidth == 0);
+  const Vec bound = Vec::broadcast(least);
+  int64_t found = 0;
+  for (int64_t first = 0; first < count; first += 64) {
+    uint64_t word = 0;
+    int64_t i = first;
+    const int64_t last = first + 64 < count ? first + 64 : count;
+    for (; i + Vec::kWidth <= last; i += Vec::kWidth)
+      word |= static_cast<uint64_t>(Vec::at_least(Vec::load(values + i), bound)) << (i - first);
+    if (i < last) {
+      const int rest = static_cast<int>(last - i);
+      const uint32_t lanes = Vec::at_least(Vec::load_first(values + i, rest), bound) & ((1u << rest) - 1u);
+      word |= static_cast<uint64_t>(lanes) << (i - first);
+    }
+    words[first / 64] = word;
+    found += __builtin_popcountll(word);
+  }
+  return found;
+}
+
 // The smaller of two upper bounds of w z over a leaf, with its largest bias: mean z + radius |z| (Cauchy-Schwarz) and
 // centre z + half-width |z| (per coordinate). And, since the mean of 2^x is at least 2^mean, a lower bound of the
 // leaf's sum of exponentials. How many rows share a pass changes no bit of a row's results.
@@ -252,7 +356,7 @@ template <int R>
 static void bounds_of_leaves(const IndexLeaves& leaves, int64_t row) {
   const int64_t vector_stride = leaves.rank * kIndexGroup;
   const Vec log2e = Vec::broadcast(kLog2E);
-  const float* z = leaves.z + row * leaves.rank;
+  const float *z = leaves.z + row * leaves.rank, *magnitude = leaves.magnitude + row * leaves.rank;
   const int64_t groups = (leaves.num_leaves + kIndexGroup - 1) / kIndexGroup;
   float* upper = leaves.upper + row * groups * kIndexGroup;
   Vec total[R], largest[R];
@@ -274,10 +378,10 @@ static void bounds_of_leaves(const IndexLeaves& leaves, int64_t row) {
         const Vec of_width = Vec::load(column + 2 * vector_stride);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          const float element = z[r * leaves.rank + c];
-          mean[r] = Vec::fma(Vec::broadcast(element), of_mean, mean[r]);
-          box[r] = Vec::fma(Vec::broadcast(element), of_box, box[r]);
-          width[r] = Vec::fma(Vec::broadcast(element < 0.0f ? -element : element), of_width, width[r]);
+          const Vec element = Vec::broadcast(z[r * leaves.rank + c]);
+          mean[r] = Vec::fma(element, of_mean, mean[r]);
+          box[r] = Vec::fma(element, of_box, box[r]);
+          width[r] = Vec::fma(Vec::broadcast(magnitude[r * leaves.rank + c]), of_width, width[r]);
         }
       }
       const Vec radius = Vec::load(numbers + lane), items = Vec::load(numbers + kIndexGroup + lane);

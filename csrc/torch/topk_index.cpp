@@ -95,13 +95,13 @@ Found search_packed(const Packed& packed, const Tensor& input, int64_t k, const 
 
 Found topk_index_cpu(const Tensor& input, int64_t k, at::IntArrayRef sizes, at::TensorList groups,
                      at::TensorList scales, at::TensorList exact, at::TensorList biases, at::TensorList projections,
-                     at::TensorList ids, at::TensorList leaves, at::TensorList leaf_stats, const Tensor& bounds,
-                     const Tensor& parents, const Tensor& parent_bias, const std::optional<Tensor>& exclude,
-                     const std::optional<Tensor>& exclude_offsets, const std::optional<Tensor>& candidates,
-                     bool early_termination) {
+                     at::TensorList ids, at::TensorList leaves, at::TensorList leaf_stats, at::TensorList leaf_bases,
+                     const Tensor& bounds, const Tensor& parents, const Tensor& parent_bias,
+                     const std::optional<Tensor>& exclude, const std::optional<Tensor>& exclude_offsets,
+                     const std::optional<Tensor>& candidates, bool early_termination) {
   TORCH_CHECK_VALUE(input.dim() == 2, "input must be (T, d)");
-  const Packed packed({sizes, groups, scales, exact, biases, projections, ids, leaves, leaf_stats, bounds, parents,
-                       parent_bias, input.size(1)});
+  const Packed packed({sizes, groups, scales, exact, biases, projections, ids, leaves, leaf_stats, leaf_bases, bounds,
+                       parents, parent_bias, input.size(1)});
   return search_packed(packed, input, k, exclude, exclude_offsets, candidates, early_termination);
 }
 
@@ -111,12 +111,12 @@ class PackedIndex : public torch::CustomClassHolder {
   using Tensors = std::vector<Tensor>;
 
   PackedIndex(std::vector<int64_t> sizes, Tensors groups, Tensors scales, Tensors exact, Tensors biases,
-              Tensors projections, Tensors ids, Tensors leaves, Tensors leaf_stats, const Tensor& bounds,
-              const Tensor& parents, const Tensor& parent_bias, int64_t width)
+              Tensors projections, Tensors ids, Tensors leaves, Tensors leaf_stats, Tensors leaf_bases,
+              const Tensor& bounds, const Tensor& parents, const Tensor& parent_bias, int64_t width)
       : width_(width),
-        keep_{groups, scales, exact, biases, projections, ids, leaves, leaf_stats},
-        packed_({sizes, groups, scales, exact, biases, projections, ids, leaves, leaf_stats, bounds, parents,
-                 parent_bias, width}) {}
+        keep_{groups, scales, exact, biases, projections, ids, leaves, leaf_stats, leaf_bases},
+        packed_({sizes, groups, scales, exact, biases, projections, ids, leaves, leaf_stats, leaf_bases, bounds,
+                 parents, parent_bias, width}) {}
 
   Found search(const Tensor& input, int64_t k, const std::optional<Tensor>& exclude,
                const std::optional<Tensor>& exclude_offsets, const std::optional<Tensor>& candidates,
@@ -128,7 +128,7 @@ class PackedIndex : public torch::CustomClassHolder {
 
  private:
   const int64_t width_;
-  const std::array<Tensors, 8> keep_;
+  const std::array<Tensors, 9> keep_;
   const Packed packed_;
 };
 
@@ -144,15 +144,16 @@ Tensor in_large_pages_cpu(const Tensor& tensor) {
 TORCH_LIBRARY_FRAGMENT(cprec_native, m) {
   m.def(
       "topk_index(Tensor input, int k, int[] sizes, Tensor[] groups, Tensor[] scales, Tensor[] exact, Tensor[] biases,"
-      " Tensor[] projections, Tensor[] ids, Tensor[] leaves, Tensor[] leaf_stats, Tensor bounds, Tensor parents,"
-      " Tensor parent_bias, Tensor? exclude, Tensor? exclude_offsets, Tensor? candidates, bool early_termination)"
+      " Tensor[] projections, Tensor[] ids, Tensor[] leaves, Tensor[] leaf_stats, Tensor[] leaf_bases, Tensor bounds,"
+      " Tensor parents, Tensor parent_bias, Tensor? exclude, Tensor? exclude_offsets, Tensor? candidates, bool "
+      "early_termination)"
       " -> (Tensor, Tensor, Tensor)");
   m.def("in_large_pages(Tensor tensor) -> Tensor");
   using cprec::index::PackedIndex;
   using Tensors = PackedIndex::Tensors;
   m.class_<PackedIndex>("PackedIndex")
       .def(torch::init<std::vector<int64_t>, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors,
-                       const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t>())
+                       Tensors, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t>())
       .def("search", [](const c10::intrusive_ptr<PackedIndex>& self, const at::Tensor& input, int64_t k,
                         const std::optional<at::Tensor>& exclude, const std::optional<at::Tensor>& exclude_offsets,
                         const std::optional<at::Tensor>& candidates, bool early_termination) {

@@ -37,8 +37,10 @@ struct Level {
   const int32_t* ids = nullptr;       // (positions,); null when item = first_item + position
   const float* leaf_vectors = nullptr;
   const float* leaf_numbers = nullptr;
+  const float* leaf_basis = nullptr;  // (rank, rank)
   int64_t first_item = 0;
   double error = 0.0, norm = 0.0, radius = 0.0, bias_gap = 0.0, bias_max = 0.0;  // biases in powers of two
+  double leaf_norm = 0.0, basis_norm = 0.0;  // largest |weight| in the leaves' basis, and that of the basis (Frobenius)
 
   bool guarded() const { return exact.groups != stored.groups; }
   int64_t items() const { return stored.num_items; }
@@ -100,9 +102,13 @@ inline States states_of(const Level& level, const float* hidden, int64_t width, 
 
 // How far a logit, as fp32 computes it, may lie from its inner product: Higham, Accuracy and Stability of Numerical
 // Algorithms, eq. 3.5, with room for the chains of the leaves, whose boxes have vectors up to sqrt(rank) longer.
+inline double chain_error(int64_t columns, double size) {
+  const auto rank = static_cast<double>(columns);
+  return 4.0 * (rank + 8.0) * kUnit * std::sqrt(rank) * size;
+}
+
 inline double rounding(const Level& level, double norm) {
-  const auto rank = static_cast<double>(level.stored.rank);
-  return 4.0 * (rank + 8.0) * kUnit * std::sqrt(rank) * (norm * level.norm + level.bias_max);
+  return chain_error(level.stored.rank, norm * level.norm + level.bias_max);
 }
 
 // How far a stored logit may lie from the exact one, both as computed; 0 when they are the same.
@@ -221,7 +227,7 @@ inline Scan scan_level(const Level& level, States states) {
 // Level j of the packed arrays, checked as far as memory safety goes: the values are the caller's.
 struct Arrays {
   at::IntArrayRef sizes;
-  at::TensorList groups, scales, exact, biases, projections, ids, leaves, leaf_stats;
+  at::TensorList groups, scales, exact, biases, projections, ids, leaves, leaf_stats, leaf_bases;
   Tensor bounds, parents, parent_bias;
   int64_t width;
 
@@ -277,14 +283,21 @@ struct Arrays {
     const int64_t leaf_groups = (out.leaves() + kIndexGroup - 1) / kIndexGroup;
     out.leaf_vectors = floats(leaves[j], {leaf_groups, kLeafVectors, rank, kIndexGroup}, "leaves" + place);
     out.leaf_numbers = floats(leaf_stats[j], {leaf_groups, kLeafNumbers, kIndexGroup}, "leaf_stats" + place);
-    TORCH_CHECK_VALUE((out.leaf_vectors == nullptr) == (out.leaf_numbers == nullptr), "leaves", place,
-                      " and leaf_stats", place, " come together");
-    const double* own = bounds.const_data_ptr<double>() + 5 * j;
+    out.leaf_basis = floats(leaf_bases[j], {rank, rank}, "leaf_bases" + place);
+    TORCH_CHECK_VALUE((out.leaf_vectors == nullptr) == (out.leaf_numbers == nullptr) &&
+                          (out.leaf_vectors == nullptr) == (out.leaf_basis == nullptr),
+                      "leaves", place, ", leaf_stats", place, " and leaf_bases", place, " come together");
+    const double* own = bounds.const_data_ptr<double>() + 6 * j;
     out.error = own[0];
     out.norm = own[1];
     out.radius = own[2];
     out.bias_gap = own[3] / kLn2 * (1.0 + 1e-6);
     out.bias_max = own[4] / kLn2 * (1.0 + 1e-6);
+    out.leaf_norm = own[5];
+    double squares = 0.0;
+    for (int64_t i = 0; out.leaf_basis != nullptr && i < rank * rank; ++i)
+      squares += static_cast<double>(out.leaf_basis[i]) * out.leaf_basis[i];
+    out.basis_norm = std::sqrt(squares);
     return out;
   }
 };
@@ -294,13 +307,13 @@ inline std::vector<Level> make_levels(const Arrays& arrays) {
   TORCH_CHECK_VALUE(n >= 1 && n <= static_cast<size_t>(kMaxClusters), "an index takes 1..", kMaxClusters,
                     " clusters, got ", n);
   for (const auto& list : {arrays.groups, arrays.scales, arrays.exact, arrays.biases, arrays.projections, arrays.ids,
-                           arrays.leaves, arrays.leaf_stats})
+                           arrays.leaves, arrays.leaf_stats, arrays.leaf_bases})
     TORCH_CHECK_VALUE(list.size() == n, "an index of ", n, " clusters needs as many arrays of each kind, got ",
                       list.size());
   TORCH_CHECK_TYPE(arrays.bounds.scalar_type() == at::kDouble, "bounds must be float64");
   TORCH_CHECK_VALUE(arrays.bounds.is_contiguous() && arrays.bounds.dim() == 2 &&
-                        arrays.bounds.size(0) == static_cast<int64_t>(n) && arrays.bounds.size(1) == 5,
-                    "bounds must be contiguous of shape (", n, ", 5)");
+                        arrays.bounds.size(0) == static_cast<int64_t>(n) && arrays.bounds.size(1) == 6,
+                    "bounds must be contiguous of shape (", n, ", 6)");
   std::vector<Level> levels;
   for (size_t j = 0; j < n; ++j) {
     levels.push_back(arrays.level(j));

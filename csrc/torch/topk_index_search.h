@@ -3,15 +3,12 @@
 
 #include <array>
 
+#include "torch/topk_index_leaves.h"
 #include "torch/topk_index_levels.h"
 #include "torch/topk_index_query.h"
 
 namespace cprec::index {
 
-constexpr int64_t kLeafGroups = kIndexLeaf / kIndexGroup;
-// Of a tail's leaves: with more left, a look for their largest logit (two thirds of a scan) mostly finds it needed.
-constexpr double kLeavesWorthALook = 0.1;
-constexpr int64_t kLeavesAtATime = 64;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // Some rows of one call.
@@ -150,13 +147,18 @@ class ChunkSearch {
     States states = states_of(level, hidden_, width_, std::move(rows));
     keep(states, rank, [&](int64_t t) { return tail_may_reach(level, states, t); });
     if (level.leaf_vectors == nullptr || states.count() == 0) return states;
+    std::vector<Visitor> visitors;
+    for (const int64_t row : states.rows)
+      visitors.push_back(
+          {parent(j, row), rows_[static_cast<size_t>(row)].threshold(), &counters_[static_cast<size_t>(row)]});
     std::vector<char> wanted(states.rows.size());
     // Fewer rows to a pass rather than an idle thread.
     const int64_t threads = at::get_num_threads();
-    const int64_t together = std::clamp<int64_t>((states.count() + threads - 1) / threads, 1, kLeafRows);
+    const int64_t together = std::clamp<int64_t>((states.count() + threads - 1) / threads, 1, kLookRows);
     at::parallel_for(0, (states.count() + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
       for (int64_t first = begin * together; first < std::min(end * together, states.count()); first += together)
-        leaves_want(level, states, first, std::min(together, states.count() - first), wanted.data() + first);
+        LeafTests(level, states, first, std::min(together, states.count() - first))
+            .run(visitors.data() + first, wanted.data() + first);
     });
     keep(states, rank, [&](int64_t t) { return wanted[static_cast<size_t>(t)] != 0; });
     return states;
@@ -183,77 +185,6 @@ class ChunkSearch {
     const double norm = states.norm[static_cast<size_t>(t)];
     const double spread = level.radius * norm + level.bias_gap + 2.0 * rounding(level, norm);
     return may_reach(parent(level.index, row) + spread - std::log2(static_cast<double>(level.items())), row);
-  }
-
-  // The same, leaf by leaf, for positions first..first+count-1, at most kLeafRows.
-  void leaves_want(const Level& level, const States& states, int64_t first, int64_t count, char* wanted) {
-    thread_local Scratch<float> memory;
-    const int64_t number = level.leaves(), stride = (number + kIndexGroup - 1) / kIndexGroup * kIndexGroup;
-    float* upper = memory.get(kLeafRows * stride);
-    std::array<float, kLeafRows> norms, shifts, largest;
-    std::array<double, kLeafRows> sums;
-    for (int64_t i = 0; i < count; ++i) {
-      const double norm = states.norm[static_cast<size_t>(first + i)];
-      norms[i] = static_cast<float>(norm * (1.0 + 1e-6));
-      shifts[i] = static_cast<float>(std::max(0.0, norm * level.norm + level.bias_max + 40.0 - kHeadroom));
-    }
-    cpu_kernels().index_leaves({level.leaf_vectors, level.leaf_numbers, number, level.stored.rank, count,
-                                states.row(first, level.stored.rank), norms.data(), shifts.data(), upper,
-                                largest.data(), sums.data()});
-    for (int64_t i = 0; i < count; ++i)
-      wanted[i] = row_wants(level, states, first + i, {upper + i * stride, largest[i], shifts[i], sums[i]});
-  }
-
-  // What bounds_of_leaves found for a row.
-  struct LeafBounds {
-    const float* upper;
-    float largest, shift;
-    double sum;
-  };
-
-  // By these; then by the largest logit itself, of the leaves that may hold it.
-  bool row_wants(const Level& level, const States& states, int64_t t, const LeafBounds& bounds) {
-    const int64_t row = states.rows[static_cast<size_t>(t)], number = level.leaves();
-    const float* z = states.row(t, level.stored.rank);
-    const double norm = states.norm[static_cast<size_t>(t)], slack = rounding(level, norm);
-    // Terms too small to tell count as 2^-126 each: without them the sum is a lower bound still.
-    const double sum = bounds.sum - std::ldexp(static_cast<double>(number + kIndexGroup), -125);
-    if (!(sum > 0.0)) return true;
-    const double least_lse = bounds.shift + std::log2(sum) - slack - 1e-4;
-    const double offset = parent(level.index, row) - least_lse;
-    const float threshold = rows_[static_cast<size_t>(row)].threshold();
-    // An item reaches the threshold only with a computed logit of at least `least`.
-    const float least = near_least_logit(threshold, offset + slack + 1e-5 * (1.0 + std::abs(offset)));
-    if (!(bounds.largest >= least)) return false;
-    // A stretch at a time: to find more than are worth a look is to have found enough.
-    int32_t* open = places(number);
-    const auto worth = static_cast<int64_t>(kLeavesWorthALook * static_cast<double>(number));
-    int64_t left = 0;
-    for (int64_t first = 0; first < number; first += kLeavesAtATime) {
-      const int64_t some = cpu_kernels().index_at_least(bounds.upper + first, std::min(kLeavesAtATime, number - first),
-                                                        least, open + left);
-      for (int64_t i = 0; i < some; ++i) open[left + i] += static_cast<int32_t>(first);
-      left += some;
-      if (left > worth) return true;
-    }
-    const float reaching = static_cast<float>(least - logit_error(level, norm) * (1.0 + 1e-6));
-    Counters& seen = counters_[static_cast<size_t>(row)];
-    const auto reaches = [&](int64_t leaf) {
-      float logits[kIndexLeaf];
-      const int64_t groups = (level.items() + kIndexGroup - 1) / kIndexGroup;
-      const int64_t first = leaf * kLeafGroups, count = std::min(kLeafGroups, groups - first);
-      cpu_kernels().index_logits(level.stored, z, first, count, logits);
-      seen.leaves += 1;
-      seen.products += count * kIndexGroup;
-      return *std::max_element(logits, logits + count * kIndexGroup) >= reaching;
-    };
-    // The likeliest leaf first.
-    std::iter_swap(open, std::max_element(open, open + left,
-                                          [&](int32_t a, int32_t b) { return bounds.upper[a] < bounds.upper[b]; }));
-    const int64_t before = seen.leaves;
-    const bool wanted = std::any_of(open, open + left, reaches);
-    if (wanted) seen.leaves = before;  // the scan will see them all
-    return wanted;
   }
 
   void add_tail(size_t j, States states) {

@@ -65,8 +65,10 @@ def test_every_table_is_there_with_its_baselines(results, data):
     assert {label for _, label in rows[3]} >= {"twin", "planned", "at most 1, by loss", "cut at 5% and 20%"}
     assert {label for _, label in rows[4]} == {"neither", "embedding", "softmax", "both"}
     assert [row.figures["items"] for row in found[5].rows] == list(TINY.sizes)
-    for table in found.values():
-        assert table.preset == json.loads(json.dumps(TINY.to_dict()))
+    assert set(rows[6]) == {("L = 4", label) for label in ("twin", "twin, d = 8", tables.SHARED)}
+    for number, table in found.items():
+        preset = TINY.wide() if number == tables.WIDE else TINY
+        assert table.preset == json.loads(json.dumps(preset.to_dict()))
         for row in table.rows:
             if row.metrics and row.label not in ("popularity", "RecBole NextItNet"):
                 assert row.seeds == len(TINY.seeds) == len(row.metrics["ndcg@10"])
@@ -79,6 +81,12 @@ def test_every_table_is_there_with_its_baselines(results, data):
         assert row.figures["epoch_s"] > 0
         assert row.figures["topk_ms"] > 0
     assert rows[3]["L = 4", "at most 1, by loss"].settings["cutoffs"] == []
+    wide, shared = rows[6]["L = 4", "twin"], rows[6]["L = 4", tables.SHARED]
+    assert wide.parameters > twin.parameters == rows[6]["L = 4", "twin, d = 8"].parameters
+    assert rows[6]["L = 4", "twin, d = 8"].metrics == twin.metrics
+    assert shared.figures["compression"] == wide.parameters / shared.parameters >= TINY.compression
+    assert {name: shared.settings[name] for name in TINY.grid} == {name: wide.settings[name] for name in TINY.grid}
+    assert shared.figures["step_ms"] > 0
     embedding = rows[4]["L = 4", "embedding"].settings
     assert embedding["cutoffs"]
     assert embedding["softmax_cutoffs"] == []
@@ -94,6 +102,15 @@ def test_metrics_are_those_of_the_trained_models(results, data):
     assert row.metrics["ndcg@10"][1] == report.model.ndcg[10]
     popular = next(row for row in read_tables(results)[0].rows if row.label == "popularity")
     assert popular.metrics["hr@5"] == [report.popularity.hr[5]]
+
+
+def test_compression_counts_against_the_twin_without_shared_layers(data, tmp_path):
+    preset = dataclasses.replace(TINY, repeats=4)
+    bench = tables.Bench(Store(tmp_path), preset, PreparedData.open(data), lambda doing: None)
+    plain, shared = bench.model().num_parameters, bench.planned(sharing="adjacent-block")
+    assert shared.sharing == "adjacent-block"
+    assert plain / shared.num_parameters >= TINY.compression
+    assert shared.num_parameters > dataclasses.replace(bench.planned(), sharing="adjacent-block").num_parameters
 
 
 def test_tuning_takes_the_best_validation_metric(results, data, monkeypatch):
@@ -114,7 +131,7 @@ def test_finished_runs_are_not_made_again(results, data, monkeypatch, capfd):
         monkeypatch.setattr(tables, name, never)
     before = {path.name: path.read_bytes() for path in (results / "finished").iterdir()}
     out, _ = call(capfd, "--preset", "tiny", "--data", data, "--out", results)
-    assert "5 tables" in out
+    assert "6 tables" in out
     assert {path.name: path.read_bytes() for path in (results / "finished").iterdir()} == before
 
 
@@ -251,13 +268,13 @@ def test_the_page_is_written_from_the_tables_alone(results, tmp_path, capfd):
     for table in read_tables(results):
         table.write(tmp_path)
     out, _ = call(capfd, "--report", "--out", tmp_path, "--page", tmp_path / "p.md")
-    assert "5 tables" in out
+    assert "6 tables" in out
     text = (tmp_path / "p.md").read_text(encoding="utf-8")
     assert text == (results / "paper.md").read_text(encoding="utf-8")
     for word in ("popularity", "±", "seeds", "within the noise", "times fewer parameters", "Machine: ", "Preset tiny"):
         assert word in text
     images = {path.name for path in (tmp_path / "images").iterdir()}
-    assert len(images) == 5
+    assert len(images) == 6
     assert all(f"images/{name}" in text for name in images)
     assert str(tmp_path) not in text
 
@@ -271,7 +288,7 @@ def test_what_is_absent_is_said_to_be(results, tmp_path, capfd):
     table.write(tmp_path)
     write_page(tmp_path, tmp_path / "paper.md")
     text = (tmp_path / "paper.md").read_text(encoding="utf-8")
-    assert text.count("Not run yet: `python -m benchmarks.paper --preset full --table") == 4
+    assert text.count("Not run yet: `python -m benchmarks.paper --preset full --table") == 5
     assert "**Not complete**" in text
     assert "In short" not in text
 
@@ -292,7 +309,8 @@ def test_other_files_are_refused(results, tmp_path):
     ("arguments", "message"),
     [
         (["--preset", "huge"], "unknown preset 'huge'; there are quick, core, full, tiny"),
-        (["--table", "6"], "unknown table '6'; there are 1, 2, 3, 4, 5, all"),
+        (["--table", "7"], "unknown table '7'; there are 1, 2, 3, 4, 5, 6, all"),
+        (["--table", "6"], "preset quick does not run table 6, whose models take hours: use one of core, full, tiny"),
         (["--table", ","], "--table is empty"),
         ([], "give --data FOLDER"),
         (["--data", "nowhere"], "nowhere: no such folder"),

@@ -96,8 +96,8 @@ def test_files_come_back_as_they_were(case, storage, mmap, tmp_path):
 def test_arrays_are_aligned_for_mapping(path):
     entries = header_of(path)["arrays"]
     assert {entry[0].partition(".")[0] for entry in entries} == {
-        "groups", "scales", "exact", "biases", "projections", "ids", "leaves", "leaf_stats", "bounds", "parents",
-        "parent_bias",
+        "groups", "scales", "exact", "biases", "projections", "ids", "leaves", "leaf_stats", "leaf_bases", "bounds",
+        "parents", "parent_bias",
     }  # fmt: skip
     assert all(entry[3] % ALIGNMENT == 0 for entry in entries)
     for mmap in (True, False):
@@ -347,7 +347,7 @@ def test_headers_that_are_not_json_are_told(text, path):
 
 def test_other_versions_are_told(path):
     write_header(path, header_of(path), version=FORMAT_VERSION + 1)
-    assert_told(path, "has format version 2 and this cprec_kernels reads 1; read it with the version that wrote it")
+    assert_told(path, "has format version 3 and this cprec_kernels reads 2; read it with the version that wrote it")
 
 
 @pytest.mark.parametrize("value", [-1, 300 - 1, 1_517, 2**31 - 1, -(2**31), 305])

@@ -10,7 +10,7 @@ import torch
 
 from cprec_kernels import Partition
 from cprec_kernels.nn import index_packing
-from cprec_kernels.nn.index_packing import STORAGES, kd_order, pack, rows_of
+from cprec_kernels.nn.index_packing import MIN_EIGENVALUE, STORAGES, kd_order, leaf_basis, pack, rows_of
 from cprec_kernels.ops.topk_index import GROUP, LEAF
 from cprec_kernels.testing import make_softmax
 
@@ -90,7 +90,7 @@ def test_the_bounds_hold(case, storage, exact, bias):
         assert value <= bound <= value * (1 + 3e-6) + 1e-300
 
     for j, full, stored, counting, own_bias in levels(arrays, weights, exact or storage == "float32"):
-        error, norm, radius, above, largest = arrays.bounds[j]
+        error, norm, radius, above, largest, longest = arrays.bounds[j]
         tight(error, (full - stored).norm(dim=1).max() if exact else 0.0)
         tight(norm, torch.maximum(full.norm(dim=1), stored.norm(dim=1)).max())
         tight(radius, (counting - counting.mean(0)).norm(dim=1).max())
@@ -100,8 +100,12 @@ def test_the_bounds_hold(case, storage, exact, bias):
             tight(above, own_bias.max() - own_bias.double().mean())
             tight(largest, own_bias.abs().max())
         if j == 0:
-            assert arrays.leaves[0].numel() == arrays.leaf_stats[0].numel() == 0
+            assert (
+                arrays.leaves[0].numel() == arrays.leaf_stats[0].numel() == arrays.leaf_bases[0].numel() == longest == 0
+            )
             continue
+        counting = counting @ torch.linalg.inv(arrays.leaf_bases[j].double())
+        tight(longest, counting.norm(dim=1).max())
         leaves = arrays.leaves[j].movedim(3, 1).flatten(0, 1)  # (leaves and pads, 3, r)
         stats = arrays.leaf_stats[j].movedim(2, 1).flatten(0, 1)
         parts = counting.split(LEAF)
@@ -123,6 +127,23 @@ def test_the_bounds_hold(case, storage, exact, bias):
                 assert torch.count_nonzero(stats[place, 2:]) == 0
 
 
+def exact_inverse(matrix):
+    """Of a small matrix of floats, in fractions."""
+    size = len(matrix)
+    rows = [
+        [Fraction(value) for value in row] + [Fraction(int(i == j)) for j in range(size)]
+        for i, row in enumerate(matrix.tolist())
+    ]
+    for i in range(size):
+        pivot = next(j for j in range(i, size) if rows[j][i] != 0)
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        rows[i] = [value / rows[i][i] for value in rows[i]]
+        for j in range(size):
+            if j != i:
+                rows[j] = [value - rows[j][i] * own for value, own in zip(rows[j], rows[i], strict=True)]
+    return [row[size:] for row in rows]
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_half_widths_hold_in_exact_arithmetic(storage):
     """Where fp32 and fp64 round: magnitudes far apart in one box, neighbours of one ulp, numbers without a normal form."""
@@ -135,31 +156,71 @@ def test_half_widths_hold_in_exact_arithmetic(storage):
     for exact in (True, False):
         arrays = pack(weights, storage, exact, "kd")
         counting = list(levels(arrays, weights, exact or storage == "float32"))[1][3]
+        inverse = exact_inverse(arrays.leaf_bases[1])
+        # What fp64 rounds beside what the search allows fp32 to round.
+        room = Fraction(float(arrays.bounds[1, 5])) * Fraction(1, 2**40)
         for place, own in enumerate(counting.split(LEAF)):
             _, centre, half = arrays.leaves[1][0, :, :, place]
-            for column in range(3):
-                c, h = Fraction(float(centre[column])), Fraction(float(half[column]))
-                assert all(abs(Fraction(float(w)) - c) <= h for w in own[:, column])
+            for w in own.tolist():
+                for column in range(3):
+                    exactly = sum(Fraction(w[c]) * inverse[c][column] for c in range(3))
+                    c, h = Fraction(float(centre[column])), Fraction(float(half[column]))
+                    assert abs(exactly - c) <= h + room
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 128, 257, 1_000, 4_096, 5_003])
 def test_kd_order_is_a_permutation(count, monkeypatch):
     points = torch.randn(count, 5)
-    order = kd_order(points, None)
+    order = kd_order(points)
     assert torch.equal(order.sort().values, torch.arange(count))
     monkeypatch.setattr(index_packing, "MAX_NUMBERS", 1)
-    assert torch.equal(kd_order(points, None), order)
+    assert torch.equal(kd_order(points), order)
 
 
 def test_kd_blocks_hold_neighbours():
-    """Items of eight far-apart clouds of 64, shuffled: each leaf is one cloud. Columns count as much as queries vary there."""
+    """Items of eight far-apart clouds of 64, shuffled: each leaf is one cloud."""
     clouds = torch.tensor([[x, y, z] for x in (0.0, 9.0) for y in (0.0, 9.0) for z in (0.0, 9.0)])
     points = (clouds[:, None] + torch.rand(8, LEAF, 3)).reshape(-1, 3)[torch.randperm(8 * LEAF)]
-    for leaf in points[kd_order(points, None)].split(LEAF):
+    for leaf in points[kd_order(points)].split(LEAF):
         assert (leaf.amax(0) - leaf.amin(0)).max() < 1
-    projection = torch.diag(torch.tensor([1.0, 1.0, 100.0]))
-    halves = points[kd_order(points, projection)].split(4 * LEAF)
-    assert halves[0][:, 2].max() < halves[1][:, 2].min()
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_in_a_leafs_basis_rows_are_as_long_in_every_direction(rank):
+    scale = 10.0 ** torch.linspace(-1, 0, 8)
+    hidden = (torch.randn(500, 8) * scale).double()
+    projection = torch.randn(rank, 8) if rank < 8 else None
+    basis = leaf_basis(hidden.T @ hidden, projection)
+    z = hidden if projection is None else hidden @ projection.double().T
+    turned, weights = z @ basis.double().T, torch.randn(50, rank).double()
+    moment = turned.T @ turned
+    torch.testing.assert_close(moment / moment[0, 0], torch.eye(rank).double(), rtol=1e-4, atol=1e-4)
+    there = weights @ torch.linalg.inv(basis.double())
+    torch.testing.assert_close(turned @ there.T, z @ weights.T, rtol=1e-9, atol=1e-9)
+
+
+def test_a_basis_stays_well_conditioned():
+    """Hidden states without a second direction, with hardly one, and none at all."""
+    for moment in (torch.diag(torch.tensor([4.0, 0.0])), torch.diag(torch.tensor([1.0, 1e-30])), torch.zeros(2, 2)):
+        basis = leaf_basis(moment.double(), None)
+        assert basis.isfinite().all()
+        assert torch.linalg.cond(basis.double()) <= MIN_EIGENVALUE**-0.5 * (1 + 1e-5)
+    weights = make_softmax(PARTITION)
+    weights.weights[0].zero_()
+    arrays = pack(weights, "float32", True, "kd")
+    assert torch.equal(arrays.leaf_bases[1], torch.eye(arrays.leaf_bases[1].shape[0]))
+
+
+def test_a_basis_knows_the_heads_items():
+    """Leaves are split along the direction that the head's items have, though all directions of a tail are alike."""
+    weights = make_softmax(Partition(2_000, [100], [4, 4], 4), bias=False)
+    weights.weights[0][:, 1:] *= 0.01
+    arrays = pack(weights, "float32", True, "kd")
+    ids = arrays.ids[1][:1_900].long() - 100
+    along = weights.weights[1][ids, 0].split(LEAF)
+    across = weights.weights[1][ids, 1].split(LEAF)
+    widths = [torch.stack([leaf.max() - leaf.min() for leaf in of]).mean() for of in (along, across)]
+    assert widths[0] < widths[1] / 4
 
 
 def test_bounds_of_many_rows_are_taken_in_chunks(monkeypatch):

@@ -50,10 +50,13 @@ struct CpuKernels {
   // Logits times log2(e) of groups first..first+count-1 for one packed row, (32 count,).
   void (*index_logits)(const IndexLevel& level, const float* z, std::int64_t first, std::int64_t count, float* out);
   void (*index_leaves)(const IndexLeaves& leaves);
+  void (*index_look)(const IndexLevel& level, const IndexLook& look);
   // A bound that at least `wanted` of the values, 1..count, reach, and mostly no more.
   float (*index_cut)(const float* values, std::int64_t count, std::int64_t wanted);
   // Places (count,) of the values that are at least `least`, ascending; returns how many there are.
   std::int64_t (*index_at_least)(const float* values, std::int64_t count, float least, std::int32_t* places);
+  // Bit i of words (ceil(count / 64),): values[i] is at least `least`; returns how many are.
+  std::int64_t (*index_mark)(const float* values, std::int64_t count, float least, std::uint64_t* words);
   // Hidden states of the newest place of rows begin..end-1.
   void (*residual_stack)(const ResidualStack& stack, std::int64_t begin, std::int64_t end, float* workspace);
   std::int64_t (*residual_stack_workspace)(const ResidualStack& stack);  // floats

@@ -56,12 +56,27 @@ struct IndexLeaves {
   std::int64_t rank;
   std::int64_t rows;  // 1..kLeafRows
   const float* z;
-  const float* norm;   // (rows,) |z|
-  const float* shift;  // (rows,)
+  const float* magnitude;  // (rows, rank): of the elements of z
+  const float* norm;       // (rows,) |z|
+  const float* shift;      // (rows,)
   // (rows, num_leaves rounded up to 32) out: no logit of the leaf is larger, up to rounding
   float* upper;
   float* largest;  // (rows,) out: the largest of them
   double* sum;     // (rows,) out: sum over leaves of items times 2^(mean logit - shift)
+};
+
+constexpr std::int64_t kLookRows = 16;  // rows that look through a level's leaves together, at most
+
+// Whether rows z (rows, rank), scaled by log2(e), have a logit that is at least their `least` in leaves of their own
+// choice.
+struct IndexLook {
+  const float* z;
+  const float* least;           // (rows,)
+  const std::uint64_t* leaves;  // (rows, ceil(num_leaves / 64)): bit i of a row's words is leaf i
+  std::int64_t num_leaves;
+  std::int64_t rows;   // 0..kLookRows
+  std::int64_t* seen;  // (rows,) out: leaves looked at, in ascending order up to the first that reaches
+  char* reached;       // (rows,) out: 0 or 1
 };
 
 }  // namespace cprec
