@@ -63,7 +63,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("csrc/torch", ".h"): (
         set(),
         {"best_items", "block_embedding_call", "clustered_search", "clustered_softmax_levels", "pool", "threads"}
-        | {"token_groups", "topk_index_levels", "topk_index_query", "topk_index_search"},
+        | {"token_groups", "topk_index_leaves", "topk_index_levels", "topk_index_query", "topk_index_search"},
     ),
     ("csrc/cpu", ".h"): (
         {"block_embedding", "clustered_softmax", "residual_stack", "row_optimizer", "topk_index"},

@@ -85,8 +85,8 @@ class LeafTests {
     std::fill_n(open, words_, 0);
     // Terms too small to tell count as 2^-126 each: without them the sum is a lower bound still.
     const double sum = sums_[i] - std::ldexp(static_cast<double>(number_ + kIndexGroup), -125);
-    if (!(sum > 0.0)) return 1;
-    const double slack = slack_[i];
+    const double slack = slack_[i];  // not finite where the row is too long for fp32 in this basis
+    if (!(sum > 0.0 && std::isfinite(sum) && std::isfinite(slack))) return 1;
     const double offset = visitor.parent - (shifts_[i] + std::log2(sum) - slack - 1e-4);
     // An item reaches the threshold only with a computed logit of at least `least`.
     const float least = near_least_logit(visitor.threshold, offset + slack + 1e-5 * (1.0 + std::abs(offset)));

@@ -69,6 +69,21 @@ def test_wrong_arguments_are_named():
         topk_index(hidden, 1, arrays, candidates=torch.tensor([1.0]))
 
 
+def test_rows_too_long_for_a_leafs_basis_are_scanned(cpu_backend):
+    """Finite in the tail and beyond fp32 in the basis of its leaves, which the head's single direction makes long."""
+    weights = make_softmax(LARGE, bias=False)
+    weights.weights[0][:, 1:] *= 1e-3
+    weights.weights[0][:] *= 1e-34
+    for j in range(1, len(weights.weights)):
+        weights.weights[j][:] *= 1e-34
+    hidden = make_hidden(LARGE, (9,)) * 1e37
+    arrays = pack(weights, "float32", True, "kd")
+    found, whole = (topk_index(hidden, 20, arrays, early_termination=early) for early in (True, False))
+    assert hidden.isfinite().all()
+    assert torch.equal(found[1], whole[1])
+    assert torch.equal(found[0], whole[0])
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_arrays_that_do_not_fit_are_named(storage):
     """Every array, with an element too few, in another dtype, absent, or there where it should not be."""
