@@ -217,9 +217,9 @@ def findings(table: Table) -> list[str]:
         ):
             if row.figures.get(name) and base.figures.get(name):
                 parts.append(f"{what} {number(base.figures[name] / row.figures[name])} times as fast")
-        if "to_metric_epochs" not in row.figures:
+        if "to_metric_epochs" in base.figures and "to_metric_epochs" not in row.figures:
             parts.append("the twin's best validation NDCG@10 is not reached")
-        elif "to_metric_s" not in row.figures:
+        elif "to_metric_epochs" in row.figures and "to_metric_s" not in row.figures:
             epochs = [f"{other.figures['to_metric_epochs']:.1f}" for other in (row, base)]
             parts.append(
                 f"the twin's best validation NDCG@10 after {epochs[0]} epochs, the twin's own after {epochs[1]}"

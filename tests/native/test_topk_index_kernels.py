@@ -78,14 +78,21 @@ def test_large_logits(logit_std, storage, cpu_isa):
         assert not result.scores.isnan().any()
 
 
-def two_levels(tail):
-    """A head of 64 items at most 8 nats apart, and a tail of rank d whose parent label is among the best entries."""
+def two_levels(tail, spread_head):
+    """A head of 64 items at most 8 nats apart, and a tail of rank d whose parent label is among the best entries.
+
+    ``spread_head``: the head's items point aside as much as along the rows, so that an index does not know where rows point.
+    """
     width = tail.shape[1]
     module = ClusteredSoftmaxWithLoss(width, Partition(64 + tail.shape[0], [64], [width, width], width))
     direction = torch.full((width,), width**-0.5)
     with torch.no_grad():
         module.weights[0].zero_()
-        module.weights[0][:64] = torch.linspace(0.0, -8.0, 64)[:, None] * direction
+        steps = torch.linspace(0.0, -8.0, 64)[:, None]
+        module.weights[0][:64] = steps * direction
+        if spread_head:
+            across = direction * torch.tensor([1.0, -1.0]).repeat(width // 2)
+            module.weights[0][:64] += steps * across + tail_around([0.0], 4.0, 64, width, across=True)
         module.weights[0][64] = direction
         module.weights[1].copy_(tail)
     # Four rows share a pass over the leaves; the other three have their own.
@@ -106,22 +113,24 @@ def tail_around(centres, spread, size=4_096, width=16, across=False):
 
 
 @pytest.mark.parametrize(
-    ("tail", "without_leaves", "with_leaves", "looked"),
+    ("tail", "spread_head", "without_leaves", "with_leaves", "looked"),
     [
         # All items close to their mean: the tail's own radius tells that none stands out among 4,096.
-        (tail_around([0.0], 0.5), False, False, False),
+        (tail_around([0.0], 0.5), True, False, False, False),
         # Two far groups: only leaves have small radii.
-        (tail_around([-7.0, 7.0], 0.1), True, False, False),
+        (tail_around([-7.0, 7.0], 0.1), True, True, False, False),
         # One item in 40 lies far off, but across the row: its leaf's sphere and box reach where no item is.
-        (torch.cat([tail_around([0.0], 0.3, 8_000), tail_around([0.0], 8.0, 192, across=True)]), True, False, True),
+        (torch.cat([tail_around([0.0], 0.3, 8_000), tail_around([0.0], 8.0, 192, across=True)]), True, True, False, True),
+        # The same, and the head knows that rows do not point there.
+        (torch.cat([tail_around([0.0], 0.3, 8_000), tail_around([0.0], 8.0, 192, across=True)]), False, True, False, False),
         # An item that is among the best.
-        (torch.cat([tail_around([0.0], 0.3), torch.full((1, 16), 3.0)]), True, True, False),
+        (torch.cat([tail_around([0.0], 0.3), torch.full((1, 16), 3.0)]), True, True, True, False),
     ],
-    ids=["whole tail", "leaves", "largest logit", "wanted"],
+    ids=["whole tail", "leaves", "largest logit", "basis", "wanted"],
 )  # fmt: skip
-def test_each_bound_at_work(tail, without_leaves, with_leaves, looked, cpu_isa):
+def test_each_bound_at_work(tail, spread_head, without_leaves, with_leaves, looked, cpu_isa):
     """The parent label is likely enough for every row, so what skips the tail is what each index can prove beyond it."""
-    module, hidden = two_levels(tail)
+    module, hidden = two_levels(tail, spread_head)
     log_prob = truth(module, hidden)
     tenth = log_prob.topk(10).values[:, -1]
     parents = torch.log_softmax(hidden.double() @ module.weights[0].double().t(), 1)[:, 64]
