@@ -267,8 +267,10 @@ def _check_shapes(about: Mapping[str, Any], partition: Partition, arrays: IndexA
     if (arrays.exact[0].numel() > 0) != (about["exact"] and about["storage"] != "float32"):
         raise BrokenFileError(f"exact is {about['exact']}, and its fp32 items do not agree")
     with_leaves = [j for j, leaves in enumerate(arrays.leaves) if leaves.numel() > 0]
-    if with_leaves != (list(range(1, len(ranks))) if about["blocks"] is not None else []):
-        raise BrokenFileError(f"blocks are {about['blocks']}, and the levels {with_leaves} have leaves")
+    tails = list(range(1, len(ranks)))
+    blocks = about["blocks"]
+    if with_leaves != ([] if blocks is None else tails) and not (blocks == "auto" and set(with_leaves) <= set(tails)):
+        raise BrokenFileError(f"blocks are {blocks}, and the levels {with_leaves} have leaves")
 
 
 def _check_ids(partition: Partition, arrays: IndexArrays) -> None:

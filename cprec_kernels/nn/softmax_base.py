@@ -154,7 +154,7 @@ class ClusteredSoftmaxBase(Pretrained, nn.Module):
             return self._index(storage)._topk(input, k, exclude, candidates)
         return F.clustered_topk(input, k, self.packed_weights(), exclude=exclude, candidates=candidates)
 
-    def build_index(self, storage: str = "float32", exact: bool = True, blocks: str | None = "kd") -> TopKIndex:
+    def build_index(self, storage: str = "float32", exact: bool = True, blocks: str | None = "auto") -> TopKIndex:
         """The parameters packed for search on the CPU; see :meth:`TopKIndex.build`."""
         return TopKIndex.build(self, storage, exact=exact, blocks=blocks)
 

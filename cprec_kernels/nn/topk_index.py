@@ -105,7 +105,7 @@ class TopKIndex:
         storage: str = "float32",
         *,
         exact: bool = True,
-        blocks: str | None = "kd",
+        blocks: str | None = "auto",
     ) -> TopKIndex:
         """Pack a module's parameters.
 
@@ -116,7 +116,8 @@ class TopKIndex:
             exact: ids are those of the fp32 weights; a narrow storage then keeps these beside it, and reads few of
                 them. False keeps none: ids are those of the rounded weights.
             blocks: "kd" reorders the items of large tails so that neighbours stand together and most of them can be
-                passed over; None keeps the order by id.
+                passed over; None keeps the order by id. "auto" takes for every tail the one that promises the faster
+                search, by a try with items of the head (docs/topk.md, (c)).
 
         Raises:
             TypeError: not a ClusteredSoftmaxWithLoss, a module in float64.
@@ -127,7 +128,7 @@ class TopKIndex:
         if storage not in STORAGES:
             raise ValueError(f"storage must be one of {', '.join(map(repr, STORAGES))}, got {storage!r}")
         if blocks not in BLOCKS:
-            raise ValueError(f"blocks must be 'kd' or None, got {blocks!r}")
+            raise ValueError(f"blocks must be 'auto', 'kd' or None, got {blocks!r}")
         if module.partition.num_items > MAX_ITEMS:
             raise ValueError(f"an index holds at most {MAX_ITEMS} items, the module has {module.partition.num_items}")
         with torch.no_grad():
@@ -268,7 +269,7 @@ class TopKIndex:
 
     @property
     def blocks(self) -> str | None:
-        """How large tails were reordered: "kd", or None for not at all."""
+        """How large tails were reordered: "kd", "auto" for those where it promised to pay, None for none."""
         return self._blocks
 
     @property

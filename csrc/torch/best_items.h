@@ -81,10 +81,10 @@ struct Best {
   int64_t level;
 };
 
-// Higher scores first, then smaller ids.
-inline bool before(const Best& a, const Best& b) {
+// Higher scores first, then smaller ids. An object, so that sorts inline it.
+inline constexpr auto before = [](const Best& a, const Best& b) {
   return a.score > b.score || (a.score == b.score && a.item < b.item);
-}
+};
 
 // The `size` largest of the scores offered, the least of them first.
 class LargestScores {
@@ -132,6 +132,13 @@ class RowSearch {
 
   float threshold() const { return threshold_; }
   int64_t maxima_needed() const { return maxima_.size(); }
+
+  // Forgets items that are known not to be among the k best.
+  void drop_losers() {
+    if (tentative_) return;
+    const auto loses = [&](const Best& best) { return best.score < threshold_; };
+    found.erase(std::remove_if(found.begin(), found.end(), loses), found.end());
+  }
 
   // A score that an item of a block reaches; blocks are disjoint. Of any k + m items at least k are not among the m
   // excluded ones: the least of the k + m largest is reached by k items that may be returned.

@@ -15,9 +15,10 @@ namespace {
 // Block maxima held at a time, and rows searched at a time.
 constexpr int64_t kMaxMaxima = int64_t{1} << 24;
 constexpr int64_t kMaxRows = 1024;
-// Weights that a core's own cache holds, about, and rows that fill a few tiles: then threads take rows, else items.
+// Weights that a core's own cache holds, about, and rows for each thread: then threads take rows, else items. Fewer
+// rows read all weights for too little work.
 constexpr int64_t kCachedNumbers = int64_t{1} << 20;
-constexpr int64_t kRowsPerThread = 16;
+constexpr int64_t kRowsPerThread = 4;
 
 // The arrays of an index, checked and described; they must outlive it.
 class Packed {

@@ -9,6 +9,7 @@
 
 namespace cprec::index {
 
+constexpr int64_t kFewBlocks = 32;  // whose logits are kept
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // Some rows of one call.
@@ -43,8 +44,9 @@ class ChunkSearch {
 
   void write(float* scores, int64_t* items, int64_t* counters) {
     each_row([&](int64_t row) {
-      write_best(rows_[static_cast<size_t>(row)].found, options_.k, scores + row * options_.k,
-                 items + row * options_.k);
+      RowSearch& search = rows_[static_cast<size_t>(row)];
+      search.drop_losers();
+      write_best(search.found, options_.k, scores + row * options_.k, items + row * options_.k);
       const Counters& own = counters_[static_cast<size_t>(row)];
       counters[3 * row] = own.levels;
       counters[3 * row + 1] = own.leaves;
@@ -264,12 +266,14 @@ class ChunkSearch {
       } else {
         number = cpu_kernels().index_at_least(maxima, level.blocks(), least_block, blocks);
       }
-      std::sort(blocks, blocks + number, [&](int32_t a, int32_t b) { return maxima[a] > maxima[b]; });
-      alignas(64) float scored[kIndexBlock];
       const float* kept = scan.logits.defined() ? scan.row_logits(t) : nullptr;
+      // A few that are only read are sooner read than sorted.
+      if (kept == nullptr || number > kFewBlocks)
+        std::sort(blocks, blocks + number, [&](int32_t a, int32_t b) { return maxima[a] > maxima[b]; });
+      alignas(64) float scored[kIndexBlock];
       int32_t entries[kIndexBlock];
       for (int64_t i = 0; i < number; ++i) {
-        if (!(maxima[blocks[i]] >= least_block)) break;
+        if (!(maxima[blocks[i]] >= least_block)) continue;
         const int64_t first = blocks[i] * level.block(), count = std::min(level.block(), level.items() - first);
         const float* logits = scored;
         if (kept != nullptr) {

@@ -44,7 +44,7 @@ def truth(module, hidden):
 @pytest.mark.parametrize("rows", [1, 40])
 def test_threads_change_no_bit(storage, rows, cpu_isa):
     partition = Partition(60_013, [2_501, 9_007], [64, 24, 8], 64)
-    index = make_module(partition).build_index(storage)
+    index = make_module(partition).build_index(storage, blocks="kd")
     hidden = hidden_states(rows, 64)
     results = []
     before = torch.get_num_threads()
@@ -68,7 +68,7 @@ def test_large_logits(logit_std, storage, cpu_isa):
     module = make_module(partition, logit_std)
     hidden = hidden_states(23, 40)
     log_prob = truth(module, hidden)
-    index = module.build_index(storage)
+    index = module.build_index(storage, blocks="kd")
     for early_termination in (True, False):
         result = index.topk(hidden, 10, early_termination=early_termination)
         own = log_prob.gather(1, result.items)

@@ -38,7 +38,7 @@ def module():
 def path(module, tmp_path):
     """A file of an index that has every kind of array."""
     path = tmp_path / "catalogue.index"
-    module.build_index("int8").save(path)
+    module.build_index("int8", blocks="kd").save(path)
     return path
 
 
@@ -80,7 +80,7 @@ def assert_same_index(index, other):
 def test_files_come_back_as_they_were(case, storage, mmap, tmp_path):
     module = softmax(case.partition, bias=storage != "bfloat16")
     hidden = make_hidden(case.partition, (5,))
-    for exact, blocks in ((True, "kd"), (True, None), (False, "kd")):
+    for exact, blocks in ((True, "kd"), (True, None), (False, "kd"), (True, "auto")):
         index = TopKIndex.build(module, storage, exact=exact, blocks=blocks)
         index.save(tmp_path / "a.index")
         for verify in (True, False):
@@ -106,7 +106,7 @@ def test_arrays_are_aligned_for_mapping(path):
 
 
 def test_long_headers_move_the_arrays(tmp_path, monkeypatch):
-    index = softmax().build_index("int8")
+    index = softmax().build_index("int8", blocks="kd")
     monkeypatch.setattr("cprec_kernels.nn.index_file.ALIGNMENT", 64)
     index.save(tmp_path / "a.index")
     data = (tmp_path / "a.index").read_bytes()
@@ -122,14 +122,14 @@ def test_a_search_does_not_write_to_the_file(path, module):
     index.topk(make_hidden(PARTITION, (5,)), 20)
     index._arrays.groups[0].zero_()  # a private mapping: this process's own
     assert path.read_bytes() == before
-    assert_same_index(TopKIndex.load(path), module.build_index("int8"))
+    assert_same_index(TopKIndex.load(path), module.build_index("int8", blocks="kd"))
 
 
 def test_a_file_may_be_replaced_while_it_is_mapped(path, module):
     hidden = make_hidden(PARTITION, (5,))
     index = TopKIndex.load(path)
     expected = index.topk(hidden, 9).items
-    softmax().build_index("float32").save(path)
+    softmax().build_index("float32", blocks="kd").save(path)
     assert torch.equal(index.topk(hidden, 9).items, expected)
     assert TopKIndex.load(path).storage == "float32"
     path.unlink()

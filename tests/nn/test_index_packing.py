@@ -223,11 +223,63 @@ def test_a_basis_knows_the_heads_items():
     assert widths[0] < widths[1] / 4
 
 
+def near_a_line(tail_rank, size=4_000):
+    """A head along one direction, and a tail of which a leaf in fifty lies there; of every rank up to the width."""
+    weights = make_softmax(Partition(size + 100, [100], [16, tail_rank], 16), bias=False)
+    direction = torch.full((16,), 0.25)
+    weights.weights[0].copy_(direction + 0.01 * weights.weights[0])
+    along = direction if tail_rank == 16 else weights.projections[0] @ direction
+    weights.weights[1][:64] += 40 * along / along.norm()
+    return weights
+
+
+@pytest.mark.parametrize(("storage", "exact"), [("float32", True), ("float16", True), ("int8", False)])
+def test_leaves_are_kept_where_few_of_them_are_left(storage, exact):
+    """And not where rows of the head's items could pass over next to none of them."""
+    useful, useless = near_a_line(16), make_softmax(Partition(4_100, [100], [16, 16], 16), bias=True)
+    for weights, kept in ((useful, True), (useless, False), (near_a_line(4), True)):
+        auto, always, never = (pack(weights, storage, exact, blocks) for blocks in ("auto", "kd", None))
+        for (name, own), (_, expected) in zip(auto.named(), (always if kept else never).named(), strict=True):
+            assert torch.equal(own, expected), name
+        assert (auto.leaves[1].numel() > 0) == kept
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_share_of_leaves_left(bias):
+    """By the definition, from the tail's own leaves in fp64."""
+    weights = make_softmax(PARTITION, bias=bias)
+    arrays = pack(weights, "float32", True, "kd")
+    probes = weights.weights[0][:5].double()
+    for j in (1, 2):
+        projection = arrays.projections[j]
+        z = probes @ projection.double().t()
+        size, basis = arrays.sizes[j], arrays.leaf_bases[j]
+        own = rows_of(arrays.groups[j], arrays.scales[j], slice(0, size))
+        own_bias = arrays.biases[j][:size] if bias else None
+        logits = own @ z.t() + (own_bias.double()[:, None] if bias else 0)
+        turned, tails = own @ torch.linalg.inv(basis.double()), z @ basis.double().t()
+        left = 0
+        for leaf in range(-(-size // LEAF)):
+            held = slice(leaf * LEAF, min((leaf + 1) * LEAF, size))
+            mean, low, high = turned[held].mean(0), turned[held].amin(0), turned[held].amax(0)
+            sphere = tails @ mean + tails.norm(dim=1) * (turned[held] - mean).norm(dim=1).max()
+            box = tails @ ((low + high) / 2) + tails.abs() @ ((high - low) / 2)
+            bound = torch.minimum(sphere, box) + (own_bias[held].max() if bias else 0)
+            left += (bound >= logits.amax(0)).sum()
+        share = index_packing.share_left(
+            arrays.groups[j], arrays.scales[j], own_bias, size, basis, arrays.leaves[j], arrays.leaf_stats[j], z,
+        )  # fmt: skip
+        assert 0 < share <= 1
+        assert share == pytest.approx(float(left) / (5 * -(-size // LEAF)), abs=0.02)
+
+
 def test_bounds_of_many_rows_are_taken_in_chunks(monkeypatch):
     weights = make_softmax(PARTITION)
     whole = pack(weights, "int8", True, "kd")
     monkeypatch.setattr(index_packing, "MAX_NUMBERS", 1_000)
-    for (name, part), (_, expected) in zip(pack(weights, "int8", True, "kd").named(), whole.named(), strict=True):
+    monkeypatch.setattr(index_packing, "PROBED_ROWS", 10)
+    monkeypatch.setattr(index_packing, "MAX_LEFT", 1.0)
+    for (name, part), (_, expected) in zip(pack(weights, "int8", True, "auto").named(), whole.named(), strict=True):
         torch.testing.assert_close(part, expected, rtol=1e-12 if name == "bounds" else 0, atol=0)
 
 

@@ -47,7 +47,7 @@ def test_an_index_finds_what_the_module_does(case, storage, dtype):
     hidden = make_hidden(case.partition, (2, 5), dtype)
     widened = softmax(case.partition, dtype=dtype).float()
     scores, items = widened.topk(hidden.float(), 7)
-    for blocks in ("kd", None):
+    for blocks in ("auto", "kd", None):
         index = TopKIndex.build(module, storage, blocks=blocks)
         result = index.topk(hidden, 7)
         assert torch.equal(result.items, items)
@@ -90,7 +90,7 @@ def test_exclusions_and_candidates_reach_the_search():
 def test_what_an_index_says_of_itself():
     module = softmax()
     index = module.build_index("float16")
-    assert (index.storage, index.exact, index.blocks, index.num_items) == ("float16", True, "kd", 3_017)
+    assert (index.storage, index.exact, index.blocks, index.num_items) == ("float16", True, "auto", 3_017)
     assert index.partition == PARTITION
     padded = 128 * 24 + 608 * 9 + 2_336 * 4
     assert index.nbytes_exact == 4 * padded
@@ -102,7 +102,7 @@ def test_what_an_index_says_of_itself():
     assert wide.exact
     assert TopKIndex.build(module, "float32", exact=False).exact  # nothing was rounded
     text = repr(index)
-    for part in ("num_items=3017", "storage='float16'", "exact=True", "blocks='kd'", "MiB"):
+    for part in ("num_items=3017", "storage='float16'", "exact=True", "blocks='auto'", "MiB"):
         assert part in text
     assert "stale" not in text
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_bad_arguments_are_named():
     module = softmax()
     with pytest.raises(ValueError, match=r"storage must be one of 'float32', 'float16', .* got 'int4'"):
         TopKIndex.build(module, "int4")
-    with pytest.raises(ValueError, match="blocks must be 'kd' or None, got 'pq'"):
+    with pytest.raises(ValueError, match="blocks must be 'auto', 'kd' or None, got 'pq'"):
         module.build_index(blocks="pq")
     with pytest.raises(TypeError, match="of a ClusteredSoftmaxWithLoss, got Linear; pass the model's softmax"):
         TopKIndex.build(nn.Linear(2, 2))

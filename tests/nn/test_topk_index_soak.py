@@ -26,7 +26,7 @@ def test_soak(tmp_path):
     scores, items = (torch.cat([part[i] for part in best]) for i in (0, 1))
     tied = (scores.diff(dim=1).abs() < BAND).any(1)
     assert tied.double().mean() < 0.01, "too many ties for a test of ids"
-    module.float().build_index("float16").save(tmp_path / "index")
+    module.float().build_index("float16", blocks="kd").save(tmp_path / "index")
     index = TopKIndex.load(tmp_path / "index", mmap=True)
 
     def ask(thread: int) -> tuple[int, int]:
