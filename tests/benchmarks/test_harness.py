@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import platform
 
@@ -235,12 +237,21 @@ def test_rounds_are_interleaved_and_gradients_dropped_outside_the_timed_part():
 
     runnable = {name: provider(name, cost) for name, cost in (("a", 0.001), ("b", 0.002), ("c", 0.004))}
     found = timing.time_interleaved(runnable, 3, 0.0, clock=lambda: now[0])
-    assert "".join(log) == "abcbcacab"
+    assert [sorted(log[first : first + 3]) for first in (0, 3, 6)] == [["a", "b", "c"]] * 3
     assert [round(found[name].median_ms, 6) for name in "abc"] == [1.0, 2.0, 4.0]
     assert all(prepared.leaves[0].grad is None for _, prepared in runnable.values())
     log.clear()
     found = timing.time_interleaved(runnable, 1, 0.018, clock=lambda: now[0])
     assert [found[name].rounds for name in "abc"] == [6, 3, 1]  # 6 ms each
+
+
+def test_no_provider_always_follows_the_same_one():
+    orders = [timing.order_of_round(["a", "b", "c"], index) for index in range(600)]
+    assert orders == [timing.order_of_round(["a", "b", "c"], index) for index in range(600)]
+    before = collections.Counter(one + other for order in orders for one, other in itertools.pairwise(order))
+    assert len(before) == 6
+    assert all(150 < count < 250 for count in before.values())
+    assert timing.order_of_round([], 3) == []
 
 
 def test_percentiles_keep_outliers():
