@@ -228,6 +228,17 @@ def findings(table: Table) -> list[str]:
     return found
 
 
+def at_the_edge(table: Table) -> list[str]:
+    """Tuned settings whose chosen value is the smallest or largest of those tried, as "dropout 0.5 (of 0.2, 0.5)"."""
+    found = []
+    for name, tried in table.preset["grid"].items():
+        chosen = dict.fromkeys(row.settings[name] for row in table.rows if name in row.settings)
+        edges = [value for value in chosen if len(tried) > 1 and value in (min(tried), max(tried))]
+        values = ", ".join(f"{value:g}" for value in tried)
+        found += [f"{name.replace('_', ' ')} {value:g} (of {values})" for value in edges]
+    return found
+
+
 def _about(table: Table) -> str:
     data, preset, made = table.data, table.preset, table.provenance
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
@@ -242,6 +253,8 @@ def _about(table: Table) -> str:
         f"{preset['patience']}, d = {preset['dim']}, asked compression {preset['compression']:g}."
     )
     lines.append(f"Machine: {made['machine']}; {versions}; commit {made['commit'] or 'unknown'}, {made['date']}.")
+    if edges := at_the_edge(table):
+        lines.append(f"Chosen at the edge of the grid: {'; '.join(edges)}. A wider grid may suit either model better.")
     if not table.complete:
         lines.append("**Not complete**: the run was stopped; the same command goes on.")
     return "\n".join(lines)

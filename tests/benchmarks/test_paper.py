@@ -12,7 +12,7 @@ import torch
 from benchmarks.errors import BenchmarkError
 from benchmarks.paper import speed, tables
 from benchmarks.paper.cli import main
-from benchmarks.paper.page import cell, page, verdict, write_page
+from benchmarks.paper.page import at_the_edge, cell, page, verdict, write_page
 from benchmarks.paper.presets import PRESETS, TINY
 from benchmarks.paper.store import Store
 from benchmarks.paper.table import T_QUANTILES, TITLES, Row, Table, compare, read_table, read_tables
@@ -277,6 +277,18 @@ def test_the_page_is_written_from_the_tables_alone(results, tmp_path, capfd):
     assert len(images) == 6
     assert all(f"images/{name}" in text for name in images)
     assert str(tmp_path) not in text
+
+
+def test_values_at_the_edge_of_the_grid_are_named(results):
+    grid = {"learning_rate": [1e-3, 3e-3, 6e-3], "dropout": [0.2, 0.5], "weight_decay": [0.01]}
+    rows = [Row("g", "a", settings={"learning_rate": 3e-3, "dropout": 0.5, "weight_decay": 0.01}), Row("g", "popularity")]
+    table = dataclasses.replace(read_tables(results)[0], preset=TINY.to_dict() | {"grid": grid}, rows=rows)
+    assert at_the_edge(table) == ["dropout 0.5 (of 0.2, 0.5)"]
+    table.rows.append(Row("g", "b", settings={"learning_rate": 6e-3, "dropout": 0.2}))
+    assert at_the_edge(table) == [
+        "learning rate 0.006 (of 0.001, 0.003, 0.006)", "dropout 0.5 (of 0.2, 0.5)", "dropout 0.2 (of 0.2, 0.5)"
+    ]  # fmt: skip
+    assert "Chosen at the edge of the grid: dropout" in (results / "paper.md").read_text(encoding="utf-8")
 
 
 def test_what_is_absent_is_said_to_be(results, tmp_path, capfd):
