@@ -281,7 +281,10 @@ def test_the_page_is_written_from_the_tables_alone(results, tmp_path, capfd):
 
 def test_values_at_the_edge_of_the_grid_are_named(results):
     grid = {"learning_rate": [1e-3, 3e-3, 6e-3], "dropout": [0.2, 0.5], "weight_decay": [0.01]}
-    rows = [Row("g", "a", settings={"learning_rate": 3e-3, "dropout": 0.5, "weight_decay": 0.01}), Row("g", "popularity")]
+    rows = [
+        Row("g", "a", settings={"learning_rate": 3e-3, "dropout": 0.5, "weight_decay": 0.01}),
+        Row("g", "popularity"),
+    ]
     table = dataclasses.replace(read_tables(results)[0], preset=TINY.to_dict() | {"grid": grid}, rows=rows)
     assert at_the_edge(table) == ["dropout 0.5 (of 0.2, 0.5)"]
     table.rows.append(Row("g", "b", settings={"learning_rate": 6e-3, "dropout": 0.2}))
