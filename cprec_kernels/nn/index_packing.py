@@ -212,6 +212,7 @@ class LookedFor(NamedTuple):
 
 
 def _looked_for(weights: Weights, head: int, probing: bool) -> LookedFor:
+    """From the first ``head`` rows of the head's weights."""
     places = torch.linspace(0, head - 1, min(PROBES, head)).long()
     probes = weights.weights[0][places].double()
     if weights.projections and weights.projections[0].shape[0] == probes.shape[1] < weights.projections[0].shape[1]:
@@ -220,6 +221,7 @@ def _looked_for(weights: Weights, head: int, probing: bool) -> LookedFor:
 
 
 def _second_moment(weights: Weights, head: int) -> Tensor:
+    """(d, d) fp64: the mean of h h^T, up to a factor, were hidden states h the head's items."""
     table = weights.weights[0]
     moment: Tensor = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
     for part in table[:head].split(MOMENT_ROWS):

@@ -16,6 +16,17 @@ constexpr int64_t kAheadBytes = int64_t{16} << 10;
 constexpr int64_t kLeafFlush = 16;  // groups of leaves whose sum may stay in fp32
 constexpr float kNoLeaf = -1e29f;   // log2 of the items of a leaf that is none is below this
 
+// f<T>() for the type that a level's items are stored in.
+template <class F>
+static inline __attribute__((always_inline)) void with_type_of(const IndexLevel& level, F f) {
+  switch (level.storage) {
+    case IndexStorage::kFloat32: return f.template operator()<float>();
+    case IndexStorage::kFloat16: return f.template operator()<Float16>();
+    case IndexStorage::kBFloat16: return f.template operator()<BFloat16>();
+    case IndexStorage::kInt8: return f.template operator()<int8_t>();
+  }
+}
+
 // f<R>(row) for tiles of R rows that cover 0..rows-1. Which tile a row falls into changes no bit of its results.
 template <class F>
 static inline __attribute__((always_inline)) void for_index_tiles(int64_t rows, F f) {
@@ -178,12 +189,7 @@ static void scan_stored(const IndexLevel& level, const IndexScan& scan) {
 }
 
 static void index_scan(const IndexLevel& level, const IndexScan& scan) {
-  switch (level.storage) {
-    case IndexStorage::kFloat32: return scan_stored<float>(level, scan);
-    case IndexStorage::kFloat16: return scan_stored<Float16>(level, scan);
-    case IndexStorage::kBFloat16: return scan_stored<BFloat16>(level, scan);
-    case IndexStorage::kInt8: return scan_stored<int8_t>(level, scan);
-  }
+  with_type_of(level, [&]<class T>() { scan_stored<T>(level, scan); });
 }
 
 // Logits, in powers of two, of one row z (rank,), scaled by log2(e), and groups first..first+count-1.
@@ -205,12 +211,7 @@ static void logits_of_groups(const IndexLevel& level, const float* z, int64_t fi
 }
 
 static void index_logits(const IndexLevel& level, const float* z, int64_t first, int64_t count, float* out) {
-  switch (level.storage) {
-    case IndexStorage::kFloat32: return logits_of_groups<float>(level, z, first, count, out);
-    case IndexStorage::kFloat16: return logits_of_groups<Float16>(level, z, first, count, out);
-    case IndexStorage::kBFloat16: return logits_of_groups<BFloat16>(level, z, first, count, out);
-    case IndexStorage::kInt8: return logits_of_groups<int8_t>(level, z, first, count, out);
-  }
+  with_type_of(level, [&]<class T>() { logits_of_groups<T>(level, z, first, count, out); });
 }
 
 // Bit r: one of V vectors holds a logit that reaches what row r looks for. Of `count` rows, named in `rows`; two at a
@@ -275,12 +276,7 @@ static void look_at_leaves(const IndexLevel& level, const IndexLook& look) {
 }
 
 static void index_look(const IndexLevel& level, const IndexLook& look) {
-  switch (level.storage) {
-    case IndexStorage::kFloat32: return look_at_leaves<float>(level, look);
-    case IndexStorage::kFloat16: return look_at_leaves<Float16>(level, look);
-    case IndexStorage::kBFloat16: return look_at_leaves<BFloat16>(level, look);
-    case IndexStorage::kInt8: return look_at_leaves<int8_t>(level, look);
-  }
+  with_type_of(level, [&]<class T>() { look_at_leaves<T>(level, look); });
 }
 
 // Halves the interval between a bound that enough values reach and one that too few do. Selection by comparing values
