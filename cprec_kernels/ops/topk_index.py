@@ -46,7 +46,8 @@ class IndexArrays(NamedTuple):
     projections: Q_j (r_j, d) float32. Absent where r_j = d.
     ids: (32 G_j,) int32: item of every packed position, -1 behind the last. Absent where the order is that of the ids.
     leaves: (ceil(L_j / 32), 3, r_j, 32) float32, leaf l at [l // 32, :, :, l % 32]: mean of the weights, centre and
-        half-width of their bounding box, the last rounded up, all in the basis below. Absent for the head and without blocks.
+        half-width of their bounding box, the last rounded up, all in the basis below. Absent for the head and
+        for tails that are searched without.
     leaf_stats: (ceil(L_j / 32), 4, 32) float32: largest |weight - mean| rounded up, log2 of the number of items (-1e30
         behind the last leaf), largest bias, mean bias. Absent with ``leaves``.
     leaf_bases: A_j (r_j, r_j) float32, invertible: leaves hold A_j^-T w of a weight w and take A_j z of a row z, which
