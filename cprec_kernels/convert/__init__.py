@@ -6,6 +6,7 @@ from .dense import CompressionReport, compress
 from .fairseq import from_fairseq_adaptive_input, from_fairseq_adaptive_softmax
 from .plan import CompressionPlan
 from .transformer_xl import from_transformer_xl_embedding, from_transformer_xl_softmax
+from .vectors import set_item_vectors
 
 __all__ = [
     "BlockLayout",
@@ -18,5 +19,6 @@ __all__ = [
     "from_fairseq_adaptive_softmax",
     "from_transformer_xl_embedding",
     "from_transformer_xl_softmax",
+    "set_item_vectors",
     "to_adaptive_state_dict",
 ]

@@ -17,6 +17,7 @@ from cprec.cli_options import (
     Dropout,
     HeadBias,
     Ids,
+    Init,
     JsonFile,
     KernelSize,
     Overwrite,
@@ -255,6 +256,13 @@ def train(
     patience: Annotated[int, typer.Option(help="Epochs without progress before stopping; 0: never stop early.")] = 3,
     bf16: Annotated[bool, typer.Option("--bf16", help="bf16 autocast.")] = False,
     seed: Annotated[int, typer.Option(help="Of weights, order and dropout.")] = 0,
+    init: Annotated[
+        Init,
+        typer.Option(
+            help="Where item vectors start: als factorises which item follows which, in about the time of an epoch. Sparse "
+            "catalogues need fewer epochs then, and end up better."
+        ),
+    ] = Init.random,
     accelerator: Annotated[str, typer.Option(help="Passed to Lightning.")] = "auto",
     devices: Annotated[str, typer.Option(help="Passed to Lightning.")] = "auto",
     strategy: Annotated[str, typer.Option(help="Passed to Lightning.")] = "auto",
@@ -287,7 +295,7 @@ def train(
     training_config = TrainingConfig(
         length=length, batch_size=batch_size, epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay,
         warmup_steps=warmup_steps, gradient_clip=gradient_clip, precision="bf16-mixed" if bf16 else "32-true",
-        patience=patience, seed=seed, accelerator=accelerator,
+        patience=patience, seed=seed, init=init.value, accelerator=accelerator,
         devices=int(devices) if devices.isdecimal() else devices, strategy=strategy, workers=workers,
         checkpoint_every=checkpoint_every,
     )  # fmt: skip

@@ -37,6 +37,13 @@ class Block(enum.StrEnum):
     bottleneck = "bottleneck"
 
 
+class Init(enum.StrEnum):
+    """Where item vectors start."""
+
+    random = "random"
+    als = "als"
+
+
 class Split(enum.StrEnum):
     """Ways to hold out data."""
 

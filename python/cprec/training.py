@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MONITOR = "ndcg@10"
 PRECISIONS = ("32-true", "bf16-mixed")
+INITIALISATIONS = ("random", "als")
 SHARDED_STRATEGIES = ("fsdp", "deepspeed", "model_parallel")
 
 
@@ -57,6 +58,8 @@ class TrainingConfig:
         precision: "32-true" or "bf16-mixed" (autocast).
         patience: stop after this many epochs without a better validation NDCG@10; 0 to go through all epochs.
         seed: of initial weights, batch order and dropout.
+        init: where item vectors start: "random", or "als", from a factorisation of which training item follows which
+            (:mod:`cprec.item_factors`).
         accelerator, devices, strategy: passed to Lightning.
         workers: processes that assemble batches; 0 does it in the main process.
         checkpoint_every: steps between training states saved within an epoch; 0 saves after every epoch only.
@@ -76,6 +79,7 @@ class TrainingConfig:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     patience: int = 3
     seed: int = 0
+    init: Literal["random", "als"] = "random"
     accelerator: str = "auto"
     devices: int | str = "auto"
     strategy: str = "auto"
@@ -94,16 +98,20 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         if self.learning_rate == 0:
             raise ValueError("learning_rate must be above 0")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        for name, known in (("precision", PRECISIONS), ("init", INITIALISATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.strategy.startswith(SHARDED_STRATEGIES):
             raise ValueError(
                 f"strategy {self.strategy!r} splits the parameters over devices, which ranking needs whole: use ddp"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values for JSON; without ``init`` where it is "random", as runs before it were written."""
+        values = dataclasses.asdict(self)
+        if self.init == "random":
+            del values["init"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
@@ -262,7 +270,7 @@ def train(
             if main:
                 folder.metrics.unlink(missing_ok=True)  # of a shorter run that is being extended
             try:
-                device = _fit(data, run_config, folder, progress)
+                device = _fit(data, run_config, folder, progress, main)
             except BaseException:
                 if main:
                     folder.drop_if_empty()
@@ -273,12 +281,13 @@ def train(
     return _finish(data, config, folder, history, device, progress)
 
 
-def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool) -> torch.device:
+def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool, main: bool) -> torch.device:
     """Run Lightning's loop to the end; the outcome is in the folder. Returns the main device."""
     import lightning.pytorch as pl
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+    from cprec.item_factors import initialise
     from cprec.lightning_module import (
         LOG_STEPS,
         Patience,
@@ -294,7 +303,10 @@ def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool) 
     torch.manual_seed(config.seed)
     bars = progress_callbacks(progress)
     announce = functools.partial(announce_epoch, config.epochs) if progress and not bars else None
-    module = TrainingModule(NextItNet(run.model), data, config, announce)
+    model = NextItNet(run.model)
+    if config.init == "als" and not folder.state.is_file():
+        initialise(model, data, seed=config.seed, progress=progress and main)
+    module = TrainingModule(model, data, config, announce)
     states = TrainingStates(
         folder.state, config.checkpoint_every, functools.partial(folder.save_weights, run), folder.forget_replaced
     )
