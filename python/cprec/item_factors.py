@@ -3,6 +3,7 @@ epoch, and a model that starts from such vectors needs a fraction of the epochs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -48,9 +49,16 @@ def transitions(
     An item m places behind another of its sequence, m = 1..window, adds decay^(m - 1) to the pair, and ``backward`` times as
     much to the pair the other way round: what belongs together often comes in either order. An item after itself adds
     nothing. Memory: about 50 bytes per interaction and place of the window.
+
+    Raises:
+        ValueError: an argument outside its range, or items that are none of 0..num_items - 1.
     """
+    _check("window", window, window >= 1, "at least 1")
+    _check("decay", decay, 0 < decay <= 1, "above 0 and at most 1")
+    _check("backward", backward, 0 <= backward < math.inf, "at least 0")
     compact = sequences.compact()
     items = torch.from_numpy(compact.items.astype(np.int64))
+    _check_items("sequences", items, num_items)
     owner = torch.from_numpy(np.repeat(np.arange(len(compact)), compact.lengths))
     keys, weights = [items.new_zeros(0)], [torch.zeros(0)]
     for lag in range(1, min(window, len(items) - 1) + 1):
@@ -94,7 +102,16 @@ def factorise(
 
     Returns:
         p and q, (K, width) fp32; 0 for items in no pair.
+
+    Raises:
+        ValueError: an argument outside its range, or pairs of other items.
     """
+    for name, count in (("num_items", num_items), ("width", width), ("sweeps", sweeps)):
+        _check(name, count, count >= 1, "at least 1")
+    for name, value in (("unobserved", unobserved), ("regularisation", regularisation)):
+        _check(name, value, 0 < value < math.inf, "above 0 and finite")
+    for name, items in (("pairs.previous", pairs.previous), ("pairs.following", pairs.following)):
+        _check_items(name, items, num_items)
     generator = torch.Generator().manual_seed(seed)
     after = torch.randn(num_items, width, generator=generator).mul_(0.1 * width**-0.5)
     before = torch.zeros(num_items, width)
@@ -105,6 +122,17 @@ def factorise(
         backward.improve(after, before)
         advance(1)
     return before, after
+
+
+def _check(name: str, value: float, fits: bool, range_: str) -> None:
+    if not fits:
+        raise ValueError(f"{name} must be {range_}, got {value}")
+
+
+def _check_items(name: str, items: Tensor, num_items: int) -> None:
+    bad = (items < 0) | (items >= num_items)
+    if bad.any():
+        raise ValueError(f"{name} holds item {int(items[bad][0])}, outside 0..{num_items - 1}")
 
 
 class _Side:

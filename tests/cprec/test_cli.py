@@ -105,6 +105,17 @@ def test_evaluate_repeats_the_metrics_of_training(run, trained, tmp_path):
     assert report == metrics["test"]
 
 
+def test_training_may_start_from_factorised_transitions(run, trained, tmp_path):
+    run("train", trained / "data", "-o", tmp_path / "run", *TINY, "--epochs", 1, "--init", "als")
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert config["training"]["init"] == "als"
+    _, err = run("train", trained / "data", "-o", tmp_path / "run", *TINY, "--resume", expect=1)
+    assert "init" in err
+    _, err = run("train", trained / "data", "-o", tmp_path / "other", *TINY, "--init", "svd", expect=2)
+    assert "'random', 'als'" in err
+    assert not (tmp_path / "other").exists()
+
+
 def test_recommend_leaves_out_what_was_seen(run, trained, interactions, tmp_path):
     histories = interactions.read_text(encoding="utf-8").splitlines()[:20]
     (tmp_path / "histories.txt").write_text("\n".join([*histories, "no-such-item"]) + "\n", encoding="utf-8")

@@ -137,6 +137,36 @@ def test_items_in_no_pair_have_no_vector():
     assert q.any(1).nonzero()[:, 0].tolist() == [2, 7]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"decay": 0.0}, "decay must be above 0 and at most 1, got 0.0"),
+        ({"decay": float("nan")}, "decay must be above 0"),
+        ({"backward": -1.0}, "backward must be at least 0, got -1.0"),
+        ({"num_items": 5}, r"sequences holds item \d+, outside 0..4"),
+    ],
+)
+def test_transitions_refuse(options, words):
+    with pytest.raises(ValueError, match=words):
+        transitions(sequences(), **({"num_items": K} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"sweeps": 0}, "sweeps must be at least 1"),
+        ({"unobserved": 0.0}, "unobserved must be above 0 and finite, got 0.0"),
+        ({"regularisation": float("inf")}, "regularisation must be above 0 and finite"),
+        ({"num_items": 5}, r"pairs.previous holds item \d+, outside 0..4"),
+    ],
+)
+def test_factorising_refuses(options, words):
+    with pytest.raises(ValueError, match=words):
+        factorise(transitions(sequences(), K), **({"num_items": K, "width": 4} | options))
+
+
 # Scale
 
 
