@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,12 @@ class Dense(NamedTuple):
 def weights_of(counts: Tensor) -> Tensor:
     """What an item's row counts for: its count, and at least 1, so that unseen items are fitted among themselves."""
     return counts.double().clamp(min=1.0)
+
+
+def copy_all(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Give parameters their values, in order."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def fit_table(dense: Dense, partition: Partition, padding_row: Tensor | None) -> TableFit:

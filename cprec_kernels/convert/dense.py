@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn import ClusteredSoftmaxWithLoss
 from ..partition import Partition
-from ._factors import Dense, fit_parents, fit_softmax, fit_table, weights_of
+from ._factors import Dense, copy_all, fit_parents, fit_softmax, fit_table, weights_of
 from ._partition import fitted_partition
 from .plan import TIED, CompressionPlan, Replacement, find_classifier, find_table
 
@@ -197,8 +197,8 @@ def _fill(
 ) -> tuple[list[float], list[float], list[float]]:
     """Give the new modules their values; returns the errors of the table, the softmax and the parent labels."""
     table = fit_table(dense, plan.partition, padding_row)
-    _copy(made.embedding.embedding.embeddings, table.embeddings)
-    _copy(made.embedding.embedding.projections, table.projections)
+    copy_all(made.embedding.embedding.embeddings, table.embeddings)
+    copy_all(made.embedding.embedding.projections, table.projections)
     if made.softmax is None:
         return table.errors, [], []
     biases = None if linear is None or linear.bias is None else linear.bias[classes]
@@ -222,21 +222,16 @@ def _fill(
     softmax = made.softmax.softmax
     assert isinstance(softmax, ClusteredSoftmaxWithLoss)
     fit = fit_softmax(Dense(linear.weight[classes], biases, dense.counts), plan.output_partition, inputs)
-    _copy(softmax.weights, fit.weights)
-    _copy(softmax.projections, fit.projections)
+    copy_all(softmax.weights, fit.weights)
+    copy_all(softmax.projections, fit.projections)
     if softmax.head_bias is not None and fit.head_bias is not None:
         softmax.head_bias.copy_(fit.head_bias)
-    _copy(softmax.tail_biases, fit.tail_biases)
+    copy_all(softmax.tail_biases, fit.tail_biases)
     return table.errors, fit.errors, fit.parent_errors
 
 
 def _tails(partition: Partition) -> list[tuple[int, int]]:
     return list(zip(partition.offsets[1:-1], partition.offsets[2:], strict=True))
-
-
-def _copy(parameters: nn.ParameterList, values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
 
 
 def _parameters(module: nn.Module) -> int:

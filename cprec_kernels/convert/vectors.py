@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..fitting import parent_label, shares_of, truncated_svd
 from ..nn import BlockEmbedding, ClusteredSoftmaxWithLoss, TiedBlocks
 from ..partition import Partition
-from ._factors import weights_of
+from ._factors import copy_all, weights_of
 
 
 @torch.no_grad()
@@ -33,8 +33,10 @@ def set_item_vectors(
 
     Args:
         module: a BlockEmbedding takes ``inputs``, a ClusteredSoftmaxWithLoss ``outputs``. A TiedBlocks takes ``inputs`` where
-            it shares head and projections, and both where it shares neither; one that shares either is refused.
-        counts: (K,) how often each item occurs, the most frequent first: what vectors weigh.
+            it shares head and projections, and both where it shares neither; one that shares only head or only
+            projections is refused.
+        counts: (K,) how often each item occurs, the most frequent first: what vectors weigh. K leaves a padding id out that
+            is the last one; any other counts as an item here.
         inputs: (K, d), what items embed to. outputs: (K, d), whose products with hidden states are logits.
 
     Returns:
@@ -70,8 +72,8 @@ def set_item_vectors(
     tails = slice(partition.sizes[0], None)
     if isinstance(module, ClusteredSoftmaxWithLoss):
         fits = [_fit_head(partition, logits, labels, weights), *_fit_clusters(partition, [around], weights)[1:]]
-        _copy(module.weights, (fit.rows for fit in fits))
-        _copy(module.projections, (fit.projections[0] for fit in fits if fit.projections))
+        copy_all(module.weights, (fit.rows for fit in fits))
+        copy_all(module.projections, (fit.projections[0] for fit in fits if fit.projections))
     elif module.tie_head:
         fits = [_fit_head(partition, logits, labels, weights), *_fit_clusters(partition, [logits], weights)[1:]]
         if module.parents is not None:
@@ -83,7 +85,7 @@ def set_item_vectors(
         head = _fit_head(partition, logits, labels, weights)
         assert module.head is not None
         module.head.copy_(head.rows)
-        _copy(module.projections, (fit.projections[-1] for fit in [head, *fits[1:]] if fit.projections))
+        copy_all(module.projections, (fit.projections[-1] for fit in [head, *fits[1:]] if fit.projections))
         _set_embedding(module.embedding, fits)
     if module.head_bias is not None:
         module.head_bias.zero_()
@@ -149,15 +151,10 @@ def _around_parents(partition: Partition, vectors: Tensor, weights: Tensor) -> t
 def _set_embedding(embedding: BlockEmbedding, fits: Sequence[_Fit]) -> None:
     for table, fit in zip(embedding.embeddings, fits, strict=True):
         table[: len(fit.rows)] = fit.rows.to(table)  # the last one has a row more where the last id pads
-    _copy(embedding.projections, (fit.projections[0] for fit in fits if fit.projections))
+    copy_all(embedding.projections, (fit.projections[0] for fit in fits if fit.projections))
     if embedding.padding_idx is not None:
         cluster = embedding.partition.cluster_of(embedding.padding_idx)
         embedding.embeddings[cluster][embedding.padding_idx - embedding.partition.offsets[cluster]] = 0.0
-
-
-def _copy(parameters: nn.ParameterList, values: Iterable[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
 
 
 def _needed(module: nn.Module) -> tuple[str, ...]:

@@ -93,8 +93,9 @@ def factorise(
         sum_ij c_ij (1 - p_i q_j)^2 + a sum_ij (p_i q_j)^2 + l sum_i (c_i + a K)^(1/2) |p_i|^2 + the same for q_j,
 
     c_i being the sum of c_ij over j (Hu, Koren and Volinsky, ICDM 2008; regularisation by frequency: Rendle et al., RecSys
-    2022, section 3.2, with an exponent between their 0 and 1, which suits sparse and dense data alike). Each row takes a few steps of conjugate gradients from where it was (Takacs, Pilaszy and Tikk, RecSys
-    2011), 16 width FLOPs per pair and 8 width^2 per item a sweep and side.
+    2022, section 3.2, with an exponent between their 0 and 1, which suits sparse and dense data alike). Each row takes a few
+    steps of conjugate gradients from where it was (Takacs, Pilaszy and Tikk, RecSys 2011), 16 width FLOPs per pair and 8
+    width^2 per item a sweep and side.
 
     Args:
         pairs: of items 0..K-1. num_items: K. width: numbers per vector.
