@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from cprec_kernels.testing import CASES, assert_accurate, assert_same_items, make_ids, make_targets, relative_error
+from cprec_kernels.testing import (
+    CASES,
+    assert_accurate,
+    assert_all_accurate,
+    assert_same_items,
+    make_ids,
+    make_targets,
+    relative_error,
+)
 
 
 def test_an_error_above_the_rule_is_found():
@@ -18,6 +26,20 @@ def test_an_error_above_the_rule_is_found():
     planted[17] += 1e-4
     with pytest.raises(AssertionError, match="exceeds"):
         assert_accurate(planted, base, truth, torch.float32)
+
+
+def test_of_several_tensors_each_is_judged_and_small_ones_together():
+    truth = [torch.randn(size, dtype=torch.float64) for size in (3, 40, 5)]
+    base = [tensor.float() for tensor in truth]
+    assert_all_accurate(base, base, truth, torch.float32)
+    assert_all_accurate([], [], [], torch.float32)
+    for place in range(3):
+        planted = [tensor.clone() for tensor in base]
+        planted[place][1] += 1e-4
+        with pytest.raises(AssertionError, match=r"rows\[1\]" if place == 1 else "all rows"):
+            assert_all_accurate(planted, base, truth, torch.float32, "rows")
+    with pytest.raises(AssertionError, match=r"results\[2\]: shape \(4,\), expected \(5,\)"):
+        assert_all_accurate([*base[:2], base[2][:4]], base, truth, torch.float32)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -11,13 +11,14 @@ from .cases import (
     make_targets,
     weight_tensors,
 )
-from .compare import EPS, assert_accurate, assert_same_items, relative_error
+from .compare import EPS, assert_accurate, assert_all_accurate, assert_same_items, relative_error
 
 __all__ = [
     "CASES",
     "EPS",
     "Case",
     "assert_accurate",
+    "assert_all_accurate",
     "assert_same_items",
     "copy_weights",
     "make_embedding",

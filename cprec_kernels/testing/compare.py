@@ -8,12 +8,14 @@ apple/ml-cross-entropy's tests; there is one table of EPS and nothing loosens it
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 # About two units in the last place of a sum's result.
 EPS = {torch.float64: 1e-14, torch.float32: 2.5e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+FEW = 32  # numbers, below which a tensor's error is not judged by itself where others of its kind are at hand
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -39,6 +41,23 @@ def assert_accurate(ours: Tensor, base: Tensor, truth: Tensor, dtype: torch.dtyp
             f"{name}: error {error:.3e} against fp64 exceeds {bound:.3e} = 2 x {base_error:.3e} (reference in {dtype})"
             f" + {EPS[dtype]:.1e}"
         )
+
+
+def assert_all_accurate(
+    ours: Sequence[Tensor], base: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype, name: str = "results"
+) -> None:
+    """Assert the tolerance rule for each of several tensors that has at least FEW numbers, and for all of them as one.
+
+    Whether the sums behind three numbers cancel is luck, and it differs between machines.
+    """
+    for i, (x, y, z) in enumerate(zip(ours, base, truth, strict=True)):
+        if x.shape != z.shape:
+            raise AssertionError(f"{name}[{i}]: shape {tuple(x.shape)}, expected {tuple(z.shape)}")
+        if z.numel() >= FEW:
+            assert_accurate(x, y, z, dtype, f"{name}[{i}]")
+    if ours:
+        x, y, z = (torch.cat([tensor.detach().flatten() for tensor in group]) for group in (ours, base, truth))
+        assert_accurate(x, y, z, dtype, f"all {name}")
 
 
 def assert_same_items(items: Tensor, scores: Tensor, log_prob: Tensor, band: float) -> None:
