@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,18 @@ class Dense(NamedTuple):
     def cluster(self, lo: int, hi: int) -> Dense:
         """The rows of one cluster."""
         return Dense(self.rows[lo:hi], None if self.biases is None else self.biases[lo:hi], self.counts[lo:hi])
+
+
+def checked_counts(counts: Tensor | Sequence[float]) -> Tensor:
+    """Counts, one per item, in fp64 and on the device they were on; ValueError for others than (K,) finite ones >= 0."""
+    given = torch.as_tensor(counts).detach().double()
+    if given.dim() != 1:
+        raise ValueError(f"counts must be 1-D, one entry per item, got shape {tuple(given.shape)}")
+    bad = ~(given.isfinite() & (given >= 0))
+    if bad.any():
+        place = int(bad.nonzero()[0])
+        raise ValueError(f"counts[{place}] = {float(given[place])} is not a count")
+    return given
 
 
 def weights_of(counts: Tensor) -> Tensor:

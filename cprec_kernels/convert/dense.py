@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn import ClusteredSoftmaxWithLoss
 from ..partition import Partition
-from ._factors import Dense, copy_all, fit_parents, fit_softmax, fit_table, weights_of
+from ._factors import Dense, checked_counts, copy_all, fit_parents, fit_softmax, fit_table, weights_of
 from ._partition import fitted_partition
 from .plan import TIED, CompressionPlan, Replacement, find_classifier, find_table
 
@@ -112,7 +112,9 @@ def compress(
     """
     if (compression is None) == (partition is None):
         raise ValueError("give either compression= or partition=")
-    given = _checked_counts(counts)
+    given = checked_counts(counts)
+    if not given.any():
+        raise ValueError("counts are all zero: frequencies decide which items keep wide rows")
     table_name, old = find_table(model, given.numel(), table)
     padding = _checked_padding(old, padding_idx, given)
     given = given.to(old.weight.device)
@@ -258,19 +260,6 @@ def _fitted(
         raise ValueError(f"compression must be a number of at least 1, got {compression}")
     bias = softmax and linear is not None and linear.bias is not None
     return fitted_partition(tables, weights_of(counts), compression, softmax=softmax, bias=bias, padding=padding)
-
-
-def _checked_counts(counts: Tensor | Sequence[float]) -> Tensor:
-    given = torch.as_tensor(counts).detach().double()
-    if given.dim() != 1:
-        raise ValueError(f"counts must be 1-D, one entry per row of the item table, got shape {tuple(given.shape)}")
-    bad = ~(given.isfinite() & (given >= 0))
-    if bad.any():
-        place = int(bad.nonzero()[0])
-        raise ValueError(f"counts[{place}] = {float(given[place])} is not a count")
-    if not given.any():
-        raise ValueError("counts are all zero: frequencies decide which items keep wide rows")
-    return given
 
 
 def _checked_padding(table: nn.Embedding, padding_idx: int | None, counts: Tensor) -> int | None:

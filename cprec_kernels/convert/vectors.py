@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..fitting import parent_label, shares_of, truncated_svd
 from ..nn import BlockEmbedding, ClusteredSoftmaxWithLoss, TiedBlocks
 from ..partition import Partition
-from ._factors import copy_all, weights_of
+from ._factors import checked_counts, copy_all, weights_of
 
 
 @torch.no_grad()
@@ -59,7 +59,9 @@ def set_item_vectors(
     for name, vectors in given.items():
         _check_vectors(name, vectors, partition.num_items - padding, partition.embedding_dim)
     any_vectors = next(iter(given.values()))
-    weights = _checked_counts(counts, len(any_vectors)).to(any_vectors.device)
+    weights = checked_counts(counts).to(any_vectors.device)
+    if len(weights) != len(any_vectors):
+        raise ValueError(f"counts must have shape ({len(any_vectors)},), got {tuple(weights.shape)}")
 
     if isinstance(module, BlockEmbedding):
         fits = _fit_clusters(partition, [given["inputs"]], weights)
@@ -183,14 +185,3 @@ def _check_vectors(name: str, vectors: Tensor, num_items: int, width: int) -> No
     bad = ~vectors.isfinite().all(1)
     if bad.any():
         raise ValueError(f"{name}[{int(bad.nonzero()[0])}] is not finite")
-
-
-def _checked_counts(counts: Tensor | Sequence[float], num_items: int) -> Tensor:
-    given = torch.as_tensor(counts).detach().double()
-    if given.shape != (num_items,):
-        raise ValueError(f"counts must have shape ({num_items},), got {tuple(given.shape)}")
-    bad = ~(given.isfinite() & (given >= 0))
-    if bad.any():
-        place = int(bad.nonzero()[0])
-        raise ValueError(f"counts[{place}] = {float(given[place])} is not a count")
-    return given
