@@ -12,7 +12,7 @@ from cprec_kernels.functional import Weights
 from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss, TiedBlocks
 from cprec_kernels.reference import block_embedding as embedding_ref
 from cprec_kernels.reference import clustered_softmax as softmax_ref
-from cprec_kernels.testing import assert_all_accurate, make_hidden, make_ids, make_targets
+from cprec_kernels.testing import assert_accurate, assert_all_accurate, make_hidden, make_ids, make_targets
 
 PARTITION = Partition(200, [20, 90], [32, 8, 4], 32)
 
@@ -60,12 +60,15 @@ def test_gradients_are_the_sum_of_both_uses(case, tie_head, tie_projections, pad
         log_prob, *_ = softmax_ref.clustered_softmax(hidden.flatten(0, 1), target.flatten(), *weights, -100)
         return -log_prob.sum() / (target != -100).sum()
 
-    truth, base = copy.deepcopy(blocks).double(), copy.deepcopy(blocks)
+    wide, truth, base = copy.deepcopy(blocks).double(), copy.deepcopy(blocks).double(), copy.deepcopy(blocks)
+    wide(wide.embedding(ids), target).loss.backward()
     loss_by_definition(truth).backward()
     loss_by_definition(base).backward()
     blocks(blocks.embedding(ids), target).loss.backward()
     names = [name for name, _ in blocks.named_parameters()]
     assert len(names) == len(set(names))
+    for (name, ours), expected in zip(wide.named_parameters(), truth.parameters(), strict=True):
+        assert_accurate(ours.grad, expected.grad, expected.grad, torch.float64, name)
     kinds = {name: name.rstrip(".0123456789") for name in names}
     for kind in dict.fromkeys(kinds.values()):
         ours, plain, expected = (
