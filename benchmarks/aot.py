@@ -1,7 +1,7 @@
 """``python -m benchmarks.aot``: every Triton kernel compiled ahead of time and held to limits, without a GPU.
 
 A module of ``cprec_kernels._triton`` that defines ``aot_cases(arch)`` takes part; it yields (name, kernel, signature,
-constexprs, num_warps, num_stages). Results are recorded per version of Triton, because another compiler writes other code.
+constexprs, num_warps, num_stages, enable_fp_fusion). Results are recorded per version of Triton, because another compiler writes other code.
 """
 
 from __future__ import annotations
@@ -145,12 +145,12 @@ def compile_case(module: str, arch: int, name: str) -> Row:
     from triton.compiler import ASTSource
 
     (case,) = (c for c in importlib.import_module(module).aot_cases(arch) if c[0] == name)
-    _, kernel, signature, constexprs, warps, stages = case
+    _, kernel, signature, constexprs, warps, stages, fusion = case
     row = Row(name, arch, warps, stages)
     try:
         attributes = {path: [["tt.divisibility", 16]] for path in _aligned(list(signature.values()))}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         usage, code = sass.disassemble(compiled.asm["cubin"])
     except Exception as error:

@@ -34,6 +34,9 @@ from .common import (
 # Rows and parts that a program of the merge has at a time: four of each per thread.
 MERGE_ROWS = 4
 MERGE_PARTS = 128
+# Threads that hold the same sum must hold the same bits. A product fused into the first addition across lanes is rounded in one
+# lane's operand and not in the other's, so that copies differ, and which of them is stored depends on timing.
+MERGE: dict[str, Any] = {"num_warps": ROW_WARPS, "num_stages": 1, "enable_fp_fusion": False}
 
 # Kernels
 
@@ -151,8 +154,7 @@ def log_sum_exp(level: Level, z: Tensor, rows: Rows, lse: Tensor, parents: tuple
         clustered_topk_lse_kernel, num_processors(z.device) * 8, z,
         z, level.weight, bias_pointer(level, z), rows.order, rows.offsets, maxima, sums, lse, to,
         rows.first, rows.last, level.num_entries, grid.target_units, level.num_entries - (level.hi - level.lo), stride,
-        **_lse_constants(level.rank, tile, level.bias is not None, parents is not None),
-        num_warps=ROW_WARPS, num_stages=1,
+        **_lse_constants(level.rank, tile, level.bias is not None, parents is not None), **MERGE,
     )  # fmt: skip
 
 
@@ -199,8 +201,8 @@ def aot_cases(arch: int) -> AotCases:
             types = pointer_types(clustered_topk_lse_kernel, dtype, {})
             yield aot_case(
                 f"topk_merge/{TYPE_NAMES[dtype]}/{rank}", clustered_topk_lse_kernel, types,
-                _lse_constants(rank, tile, True, True), ROW_WARPS, 1,
+                _lse_constants(rank, tile, True, True), **MERGE,
             )  # fmt: skip
     tile = configs.tile_for("scan_lse", 64, DTYPES[1], arch)
     types = pointer_types(clustered_topk_lse_kernel, DTYPES[1], {})
-    yield aot_case("topk_merge", clustered_topk_lse_kernel, types, _lse_constants(64, tile, True, False), ROW_WARPS, 1)
+    yield aot_case("topk_merge", clustered_topk_lse_kernel, types, _lse_constants(64, tile, True, False), **MERGE)

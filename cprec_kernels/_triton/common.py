@@ -167,14 +167,21 @@ class AotCase(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    enable_fp_fusion: bool
 
 
 def aot_case(
-    name: str, kernel: Any, types: dict[str, Any], constexprs: dict[str, Any], num_warps: int, num_stages: int
+    name: str,
+    kernel: Any,
+    types: dict[str, Any],
+    constexprs: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    enable_fp_fusion: bool = True,
 ) -> AotCase:
     """An :class:`AotCase` with the signature in the order of the kernel's arguments."""
     signature = {arg: "constexpr" if arg in constexprs else types[arg] for arg in kernel.arg_names}
-    return AotCase(name, kernel, signature, constexprs, num_warps, num_stages)
+    return AotCase(name, kernel, signature, constexprs, num_warps, num_stages, enable_fp_fusion)
 
 
 AotCases = Iterator[AotCase]

@@ -155,7 +155,7 @@ def planted(monkeypatch):
     """Two modules of kernels, one without cases, and a compiler that gives each case the row it is told."""
     rows: dict[str, Row] = {}
     with_cases = types.SimpleNamespace(
-        aot_cases=lambda arch: [(name, None, {}, {}, row.warps, row.stages) for name, row in rows.items()]
+        aot_cases=lambda arch: [(name, None, {}, {}, row.warps, row.stages, True) for name, row in rows.items()]
     )
     monkeypatch.setattr(aot, "modules", lambda: ["planted"])
     monkeypatch.setitem(sys.modules, "planted", with_cases)
@@ -231,11 +231,11 @@ def kernel(p_a, p_b, p_c, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, HIGH: tl
     tl.store(p_c + o, acc)
 
 def aot_cases(arch):
-    yield "broken", broken_kernel, {"p": "*fp32", "n": "i32"}, {}, 4, 2
+    yield "broken", broken_kernel, {"p": "*fp32", "n": "i32"}, {}, 4, 2, True
     for name, kind, size, high in (("good", "bf16", 64, "ieee"), ("spilling", "fp32", 128, "ieee")):
         constexprs = {"BLOCK_T": size, "BLOCK_V": size, "HIGH": high}
         types = {"p_a": f"*{kind}", "p_b": f"*{kind}", "p_c": "*fp32"} | dict.fromkeys(constexprs, "constexpr")
-        yield name, kernel, types, constexprs, 4, 2
+        yield name, kernel, types, constexprs, 4, 2, True
 """
 
 
@@ -284,3 +284,29 @@ def test_every_kernel_module_has_cases():
     compiled = {row.key for record in read_record(aot.RECORD).values() for row in record.rows}
     listed = {(name, arch) for _, arch, name in ast.literal_eval(done.stdout)}
     assert compiled == listed, "the record is of other kernels: python -m benchmarks.aot --record"
+
+
+COMPILED_MERGE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cprec_kernels._triton.clustered_topk_lse import aot_cases
+
+(case,) = (case for case in aot_cases(90) if case.name == "topk_merge/bf16/64")
+source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constexprs)
+options = {name: getattr(case, name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+print(compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+"""
+
+
+@needs_triton
+def test_sums_across_threads_have_the_same_bits_in_all_of_them():
+    """compute-sanitizer's racecheck found threads storing one sum with different last bits: of each lane's own product, fused into
+    the addition, and the other lane's, rounded. (That of log2, which adds nothing across lanes, is fma.rn.ftz.)"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED_MERGE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "shfl.sync.bfly" in done.stdout
+    assert "fma.rn.f32" not in done.stdout

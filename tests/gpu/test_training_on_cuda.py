@@ -77,10 +77,16 @@ def data(tmp_path_factory):
     return PreparedData.open(folder / "prepared")
 
 
-def test_a_run_with_graphs_ends_with_the_weights_of_one_without(data, tmp_path, monkeypatch):
-    run = TrainingConfig(length=LENGTH, batch_size=BATCH, epochs=2, seed=0, accelerator="gpu", devices=1)
+def captures(monkeypatch):
+    """A list that gets an entry with every capture."""
     capture, captured = GraphedLoss._capture, []
     monkeypatch.setattr(GraphedLoss, "_capture", lambda self, windows: (captured.append(1), capture(self, windows))[1])
+    return captured
+
+
+def test_a_run_with_graphs_ends_with_the_weights_of_one_without(data, tmp_path, monkeypatch):
+    run = TrainingConfig(length=LENGTH, batch_size=BATCH, epochs=2, seed=0, accelerator="gpu", devices=1)
+    captured = captures(monkeypatch)
     train(data, config(dropout=0.3), run, tmp_path / "graphed", progress=False)
     assert captured == [1]
     monkeypatch.setattr(GraphedLoss, "_capture", lambda self, windows: self.model.loss)
@@ -88,3 +94,49 @@ def test_a_run_with_graphs_ends_with_the_weights_of_one_without(data, tmp_path, 
     graphed, eager = (checkpoint.load(tmp_path / name).state_dict() for name in ("graphed", "eager"))
     assert graphed.keys() == eager.keys()
     assert all(torch.equal(graphed[name], eager[name]) for name in eager)
+
+
+def test_under_ddp_steps_are_launched_one_by_one(data, tmp_path, monkeypatch):
+    run = TrainingConfig(
+        length=LENGTH, batch_size=BATCH, epochs=1, seed=0, accelerator="gpu", devices=1, strategy="ddp"
+    )
+    captured = captures(monkeypatch)
+    result = train(data, config(dropout=0.3), run, tmp_path / "run", progress=False)
+    assert captured == []
+    assert result.history[0].train_loss > 0
+
+
+def test_batches_from_workers_meet_no_capture(data, tmp_path, monkeypatch):
+    captured = captures(monkeypatch)
+    weights = []
+    for workers in (0, 2):
+        run = TrainingConfig(
+            length=LENGTH, batch_size=BATCH, epochs=1, seed=0, accelerator="gpu", devices=1, workers=workers
+        )
+        train(data, config(dropout=0.3), run, tmp_path / str(workers), progress=False)
+        weights.append(checkpoint.load(tmp_path / str(workers)).state_dict())
+    assert captured == [1, 1]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_without_memory_for_graphs_steps_are_launched_one_by_one(monkeypatch):
+    torch.manual_seed(0)
+    model = NextItNet(config(dropout=0.3)).cuda().train()
+    graphed, given = GraphedLoss(model, (BATCH, LENGTH + 1)), windows(0)
+    expected = step(model, model.loss, given, 0)
+    capture = torch.cuda.make_graphed_callables
+
+    def without_memory(*args, **options):  # of its own: what the step above took is kept for its stream
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+        try:
+            return capture(*args, **options)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", without_memory)
+    with pytest.warns(UserWarning, match="no memory left for CUDA graphs"):
+        ours = step(model, graphed, given, 0)
+    assert graphed.shape is None
+    for own, theirs in zip(ours, expected, strict=True):
+        assert torch.equal(own, theirs)
