@@ -1,7 +1,8 @@
 """``python -m benchmarks.aot``: every Triton kernel compiled ahead of time and held to limits, without a GPU.
 
 A module of ``cprec_kernels._triton`` that defines ``aot_cases(arch)`` takes part; it yields (name, kernel, signature,
-constexprs, num_warps, num_stages, enable_fp_fusion). Results are recorded per version of Triton, because another compiler writes other code.
+constexprs, num_warps, num_stages, enable_fp_fusion). Results are recorded per version of Triton, because another compiler
+writes other code.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_under_ddp_steps_are_launched_one_by_one(data, tmp_path, monkeypatch):
     assert result.history[0].train_loss > 0
 
 
-def test_batches_from_workers_meet_no_capture(data, tmp_path, monkeypatch):
+def test_batches_from_workers_do_not_disturb_a_capture(data, tmp_path, monkeypatch):
     captured = captures(monkeypatch)
     weights = []
     for workers in (0, 2):
