@@ -9,7 +9,7 @@ from torch import nn
 
 from cprec.model import NextItNet, NextItNetConfig
 from cprec_kernels import Partition
-from cprec_kernels.nn import BlockEmbedding
+from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss
 
 K, D = 60, 8
 
@@ -158,3 +158,26 @@ def test_a_model_elsewhere_than_its_input_is_told_so():
     model = copy.deepcopy(make()).to("meta")
     with pytest.raises(ValueError, match="ids are on cpu, embeddings on meta"):
         model.topk(histories(), 3)
+
+
+def test_another_softmax_leaves_no_embedding_untrained():
+    """A tied model's embedding is a part of its softmax; replaced, the old embedding is a part of the model itself."""
+    model = make(tie_tails=True).train()
+    kept = model.embedding
+    model.softmax = ClusteredSoftmaxWithLoss(D, model.config.output_partition)
+    assert model.embedding is kept
+    trained = {id(parameter) for parameter in model.parameters()}
+    assert all(id(parameter) in trained for parameter in kept.parameters())
+    assert {name.split(".")[0] for name in model.state_dict()} == {"embedding", "backbone", "softmax"}
+    model.loss(histories()).backward()
+    assert all(parameter.grad is not None for parameter in kept.parameters())
+
+
+def test_another_tied_softmax_brings_its_embedding():
+    model, other = make(tie_tails=True), make(tie_tails=True)
+    names = set(model.state_dict())
+    model.softmax = other.softmax
+    assert model.embedding is other.softmax.embedding
+    assert set(model.state_dict()) == names
+    model.softmax = copy.deepcopy(model).softmax  # and a copy its own
+    assert model.embedding is model.softmax.embedding is not other.softmax.embedding

@@ -273,6 +273,15 @@ class NextItNet(nn.Module):
         else:
             self.softmax = ClusteredSoftmaxWithLoss(config.embedding_dim, config.output_partition, **options)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another softmax takes the place of a tied one: its embedding, or what was that of the old one, is the model's."""
+        tied = self.__dict__.get("embedding") if name == "softmax" else None
+        super().__setattr__(name, value)
+        if isinstance(value, TiedBlocks) and tied is not None:
+            self.__dict__["embedding"] = value.embedding
+        elif tied is not None:
+            self.embedding = tied  # a module of this model now, with parameters to train and to save
+
     @property
     def padding_id(self) -> int:
         """The id that pads short histories on the left: ``num_items``."""
