@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 from collections.abc import Iterator
 
 import pytest
@@ -83,3 +84,12 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _backend._choose_cached.cache_clear()
     yield
     _backend._choose_cached.cache_clear()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """Files end at 4 KB, as on a disk that is full: to write on is an OSError."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -83,8 +83,10 @@ def write_index(path: str | os.PathLike[str], about: Mapping[str, Any], arrays: 
             file.flush()
             os.fsync(file.fileno())
         stage.replace(path)
-    except BaseException:
+    except BaseException as error:
         stage.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk's
+            error.filename = os.fspath(path)
         raise
     # The rename itself, where the system lets a folder be synced.
     with contextlib.suppress(OSError):

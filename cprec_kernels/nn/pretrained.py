@@ -50,6 +50,7 @@ def write_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
             raise FileExistsError(
                 f"{folder / CONFIG_NAME} is not of {FORMAT}; it is left as it is: choose another folder"
             )
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **config}, indent=2, allow_nan=False) + "\n"
     metadata = {"format": "pt", FINGERPRINT_KEY: hashlib.sha256(text.encode()).hexdigest()}
@@ -62,8 +63,12 @@ def write_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
                 file.flush()
                 os.fsync(file.fileno())
             stage.replace(folder / name)
-        except BaseException:
+        except BaseException as error:
             stage.unlink(missing_ok=True)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
+            if isinstance(error, OSError) and error.filename is None:  # a full disk's
+                error.filename = os.fspath(folder / name)
             raise
     return folder
 

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cprec.files import naming
 from cprec.model import NextItNet, NextItNetConfig
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "weights.safetensors"
 FORMAT = "cprec-nextitnet"
 FORMAT_VERSION = 1
-FINGERPRINT_KEY = "cprec_config_sha256"
+# In the file's metadata: SHA-256 of the model section of config.json, and CRC-32 of the tensors. One entry: the package
+# writes several in any order, and a model is the same bytes whenever it is saved.
+SUMS_KEY = "cprec_sums"
+FINGERPRINT_KEY = "cprec_config_sha256"  # of files from before there was a checksum
 RESERVED = frozenset({"format", "format_version", "model"})
 
 # Names of the safetensors format (https://github.com/huggingface/safetensors, "Format").
@@ -68,7 +73,9 @@ def save(
     Raises:
         CheckpointError: ``folder`` is a file, or holds a config.json that is not a checkpoint's.
         ImportError: the safetensors package is missing.
-        TypeError, ValueError: not a NextItNet; a section of ``extra`` is reserved or is not JSON.
+        OSError: a file cannot be written.
+        TypeError, ValueError: not a NextItNet; parameters that are not finite; a section of ``extra`` is reserved or is
+            not JSON.
     """
     folder = Path(folder)
     model = getattr(model, "_orig_mod", model)
@@ -78,15 +85,22 @@ def save(
     if folder.exists():
         _check_ours(folder)
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise ImportError("saving a model needs the safetensors package: pip install safetensors") from None
 
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if ruined := _not_finite(tensors):
+        raise ValueError(f"{', '.join(ruined)} of the model: not finite, and so not worth saving")
+    metadata = {SUMS_KEY: f"{fingerprint} {_checksum(tensors)}"}
     folder.parent.mkdir(parents=True, exist_ok=True)
     exists = folder.exists()
-    with _staging(folder if exists else folder.parent, folder.name) as stage:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors, stage / WEIGHTS_NAME, metadata={FINGERPRINT_KEY: fingerprint})
+    with naming(folder / WEIGHTS_NAME), _staging(folder if exists else folder.parent, folder.name) as stage:
+        try:
+            save_file(tensors, stage / WEIGHTS_NAME, metadata=metadata)
+        except SafetensorError as error:  # a full disk is one, too
+            raise OSError(str(error)) from error
         (stage / CONFIG_NAME).write_text(text, encoding="utf-8")
         shutil.copymode(stage / CONFIG_NAME, stage / WEIGHTS_NAME)  # safetensors makes private files
         _sync([stage / WEIGHTS_NAME, stage / CONFIG_NAME, stage])
@@ -106,15 +120,16 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
         device: where the parameters go; the CPU by default.
 
     Raises:
-        CheckpointError: the folder or a file is missing, truncated, foreign, of another format version, or its tensors
-            are not those that the configuration asks for (each is named).
+        CheckpointError: the folder or a file is missing, truncated, foreign, of another format version; its tensors
+            are not those that the configuration asks for (each is named), not finite, or not those that were saved.
     """
     folder = Path(folder)
     values = _read_config_json(folder)
     config = _model_config(folder, values)
     path = folder / WEIGHTS_NAME
     tensors, metadata = read_tensors(path)
-    if metadata.get(FINGERPRINT_KEY, _fingerprint(values["model"])) != _fingerprint(values["model"]):
+    fingerprint, _, checksum = metadata.get(SUMS_KEY, metadata.get(FINGERPRINT_KEY, "")).partition(" ")
+    if fingerprint and fingerprint != _fingerprint(values["model"]):
         raise CheckpointError(
             f"{path} was saved with another model configuration than {folder / CONFIG_NAME}: restore the config.json "
             "that was written with these weights, or save the model again"
@@ -123,6 +138,10 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
     with torch.device("meta"):
         model = NextItNet(config)
     _check_tensors(path, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, tensors)
+    if checksum and checksum != _checksum(tensors):
+        raise _damaged(path, "its tensors have another checksum than when they were saved")
+    if ruined := _not_finite(tensors):
+        raise _damaged(path, f"{', '.join(ruined)}: not finite")
     target = torch.device("cpu" if device is None else device)
     model.load_state_dict({name: tensor.to(target, copy=True) for name, tensor in tensors.items()}, assign=True)
     return model.eval()
@@ -224,9 +243,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _broken(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is not a whole safetensors file ({why}): it was truncated, changed, or is another format. "
-        "Copy it again from where it was saved, or save the model again"
+        f"{path} is not a whole safetensors file ({why}): it was truncated, changed, or is another format. {_AGAIN}"
     )
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged ({why}). {_AGAIN}")
+
+
+_AGAIN = "Copy it again from where it was saved, or save the model again"
 
 
 def _config_text(config: NextItNetConfig, extra: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
@@ -293,6 +318,25 @@ def _check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], tensors:
         raise CheckpointError(
             f"{path} does not fit the model in {CONFIG_NAME}: {shown}. Restore the two files of one save, or save again"
         )
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the tensors' names and bytes, in the order of the names."""
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(name.encode(), value)
+        if tensor.numel():
+            value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that hold NaN or an infinity, which both are a minimum or a maximum then."""
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all()
+    ]
 
 
 def _check_ours(folder: Path) -> None:

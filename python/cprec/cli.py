@@ -77,6 +77,8 @@ def _read_lines(path: Path, option: str) -> list[str]:
     """The lines of a text file that are not blank, without the blanks around them."""
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path}: {option} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {option} must be UTF-8 text, one item per line: {error}") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -74,11 +74,11 @@ def plan(
     """
     from cprec.data import PreparedData
     from cprec.model import NextItNetConfig
-    from cprec.planning import COMPRESSIONS, frontier_table, plan_frontier, plot_frontier
+    from cprec.planning import frontier_table, plan_frontier, plot_frontier
 
     check_json(json_file)
     check_json(plot)
-    wanted = COMPRESSIONS if compressions is None else [float(n) for n in numbers(compressions, "--compressions")]
+    wanted = None if compressions is None else [float(n) for n in numbers(compressions, "--compressions")]
     prepared = PreparedData.open(data)
     model = NextItNetConfig.from_plan(
         prepared.num_items, dim, dilations=tuple(whole_numbers(dilations, "--dilations")), repeats=repeats,

@@ -148,7 +148,13 @@ def _read_items(path: Path) -> tuple[list[str], list[int]]:
                 sound = False
             if not sound:
                 raise ValueError(f'{path}:{number}: expected ["raw id", count]; export the run again')
-    return [row[0] for row in rows], [row[1] for row in rows]
+    items = [row[0] for row in rows]
+    if len(set(items)) < len(items):
+        lines_of: dict[str, int] = {}
+        for number, item in enumerate(items, start=1):
+            if (earlier := lines_of.setdefault(item, number)) != number:
+                raise ValueError(f"{path}:{number}: item {item!r} is that of line {earlier}, too; export the run again")
+    return items, [row[1] for row in rows]
 
 
 def _is_item(row: Any) -> bool:

@@ -13,12 +13,25 @@ from typing import IO, Any
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within, an OSError that names no file, as a full disk's does, becomes one that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if error.errno is None:  # numpy's and safetensors' say what they did, not where
+            raise OSError(f"{path}: cannot be written whole ({error}); is the disk full?") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary stream whose contents become ``path`` when the block ends well; otherwise nothing changes."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with naming(path), os.fdopen(handle, "wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

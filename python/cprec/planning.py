@@ -83,14 +83,22 @@ def plan_model(
         if planned.num_parameters <= limit:
             return ModelPlan(planned, compression, found)
         extra = planned.num_parameters - model.backbone_parameters - found.prediction.parameters
-    smallest = planner.plan(max_parameters=planner.smallest("parameters"))
-    least = _with(model, smallest.partition)
-    largest = least.twin().num_parameters / least.num_parameters
+    least = _smallest(model, planner)
     raise ValueError(
         f"compression {compression:g} is more than this model allows: with the smallest tables it has "
-        f"{least.num_parameters:,} parameters, {largest / 1.0005:.4g} times fewer than "
+        f"{least.num_parameters:,} parameters, {_compression(least):.4g} times fewer than "
         f"its twin ({model.backbone_parameters:,} of them are in the blocks, which sharing makes fewer)"
     )
+
+
+def _smallest(model: NextItNetConfig, planner: Planner) -> NextItNetConfig:
+    """The model with the smallest tables that can be planned."""
+    return _with(model, planner.plan(max_parameters=planner.smallest("parameters")).partition)
+
+
+def _compression(model: NextItNetConfig) -> float:
+    """How many times fewer parameters than its twin a model has; a little less, so that it can be asked for in 4 digits."""
+    return model.twin().num_parameters / model.num_parameters / 1.0005
 
 
 def _with(model: NextItNetConfig, partition: Partition) -> NextItNetConfig:
@@ -98,14 +106,19 @@ def _with(model: NextItNetConfig, partition: Partition) -> NextItNetConfig:
 
 
 def plan_frontier(
-    model: NextItNetConfig, counts: npt.ArrayLike, compressions: Iterable[float] = COMPRESSIONS, **options: Any
+    model: NextItNetConfig, counts: npt.ArrayLike, compressions: Iterable[float] | None = None, **options: Any
 ) -> list[ModelPlan]:
     """Plans for several compressions, largest model first. Those that nothing fits are left out, repeated ones come once.
+
+    ``compressions``: by default a range; where nothing fits the least of it, the largest that the model allows.
 
     Raises:
         ValueError: as :func:`plan_model`, and when nothing fits any of them.
     """
     planner = Planner(counts, model.embedding_dim, tie_tails=model.tie_tails, **options)
+    if compressions is None:
+        largest = _compression(_smallest(model, planner))
+        compressions = COMPRESSIONS if largest >= min(COMPRESSIONS) else [largest]
     plans: list[ModelPlan] = []
     for compression in sorted(set(compressions)):
         try:

@@ -134,6 +134,7 @@ class RunFolder:
         self.config = path / "config.json"
         self.metrics = path / "metrics.json"
         self.state = path / "last" / "state.ckpt"
+        self.weights = path / checkpoint.WEIGHTS_NAME
         self.resumed = False
 
     def begin(self, run: RunConfig, *, resume: bool, overwrite: bool) -> None:
@@ -163,6 +164,7 @@ class RunFolder:
                     f"the run in {self.path} cannot go on with another configuration: {'; '.join(changed)}. "
                     "Pass the same values, or start another run"
                 )
+            self._check_state(run)
         elif self.path.exists():
             self._check_replaceable(overwrite)
         if overwrite:
@@ -174,6 +176,16 @@ class RunFolder:
         except BaseException:
             self.drop_if_empty()
             raise
+
+    def _check_state(self, run: RunConfig) -> None:
+        """Raise FileNotFoundError where weights are there, but no state to go on from: training anew would replace them."""
+        from cprec.training import is_finished
+
+        if self.weights.is_file() and not self.state.is_file() and not is_finished(self.history(), run.training):
+            raise FileNotFoundError(
+                f"{self.state}: no such file, and without it the run in {self.path}, whose weights are there, cannot go "
+                "on: put it back, or start the run again with overwrite"
+            )
 
     def _check_replaceable(self, overwrite: bool) -> None:
         """Raise FileExistsError unless the folder is empty, or may be overwritten and holds nothing but a run."""
@@ -274,11 +286,11 @@ class RunFolder:
             self.path.rmdir()
 
     def history(self) -> list[EpochRecord]:
-        """Epochs of the last saved state; empty without one."""
-        from cprec.training import EpochRecord
+        """Epochs of the last saved state, or of a finished run that has none any more; empty without either."""
+        from cprec.training import EpochRecord, RunResult
 
         if not self.state.is_file():
-            return []
+            return list(RunResult.read(self.path).history) if self.metrics.is_file() else []
         from cprec.lightning_module import load_state
 
         return [EpochRecord.from_dict(record) for record in load_state(self.state, mmap=True)["cprec"]["history"]]

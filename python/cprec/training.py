@@ -92,6 +92,8 @@ class TrainingConfig:
             _check_integer(name, getattr(self, name), 1)
         for name in ("warmup_steps", "patience", "seed", "workers", "checkpoint_every"):
             _check_integer(name, getattr(self, name), 0)
+        if self.seed >= 1 << 64:
+            raise ValueError(f"seed must be below 2^64, got {self.seed}")
         for name in ("learning_rate", "weight_decay", "gradient_clip"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cprec import checkpoint
 from cprec.checkpoint import CheckpointError, load, read_config, read_tensors, save
@@ -81,7 +82,7 @@ def test_round_trip_of_tied_tails(tmp_path):
 
 def test_what_was_saved_reads_the_same_both_ways(saved, reader):
     tensors, metadata = read_tensors(saved / "weights.safetensors")
-    assert list(metadata) == [checkpoint.FINGERPRINT_KEY]
+    assert list(metadata) == [checkpoint.SUMS_KEY]
     expected = make().state_dict()
     assert set(tensors) == set(expected)
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
@@ -410,3 +411,50 @@ def test_every_dtype_and_odd_alignment(tmp_path, reader):
         assert torch.equal(tensors[key], tensor), key
     assert tensors["empty"].shape == (0, 4)
     assert tensors["scalar"].item() == 1.5
+
+
+def flip_in_data(path, tensor, value=None):
+    """Change one byte of a tensor in the file, or make its first number ``value``."""
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    begin = json.loads(data[8 : 8 + length])[tensor]["data_offsets"][0] + 8 + length
+    if value is None:
+        data[begin] ^= 1
+    else:
+        data[begin : begin + 4] = struct.pack("<f", value)
+    path.write_bytes(data)
+
+
+def test_a_bit_that_flipped_is_noticed(saved, reader):
+    flip_in_data(saved / "weights.safetensors", "softmax.weights.1")
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged .*another checksum"):
+        load(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(saved, reader, value):
+    """Also in files from before there was a checksum, which are read as ever."""
+    older = {checkpoint.FINGERPRINT_KEY: read_tensors(saved / "weights.safetensors")[1][checkpoint.SUMS_KEY][:64]}
+    tensors = make().state_dict()
+    save_file(tensors, saved / "weights.safetensors", metadata=older)
+    assert load(saved).config == make().config
+    flip_in_data(saved / "weights.safetensors", "softmax.weights.1", value)
+    with pytest.raises(CheckpointError, match=r"damaged \(softmax\.weights\.1: not finite\)"):
+        load(saved)
+
+
+def test_a_model_that_is_not_finite_is_not_saved(tmp_path):
+    model = make()
+    with torch.no_grad():
+        model.softmax.weights[1][0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"softmax\.weights\.1 of the model: not finite"):
+        save(tmp_path / "model", model)
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_is_named_with_the_file(saved, small_disk):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert len(before["weights.safetensors"]) > 4096
+    with pytest.raises(OSError, match=r"model/weights\.safetensors: cannot be written whole \(Error.*File too large"):
+        save(saved, make(seed=1))
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

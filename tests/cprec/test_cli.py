@@ -94,6 +94,8 @@ def test_candidates_are_lines_not_words(run, tmp_path):
     (tmp_path / "allowed.txt").write_bytes(b"caf\xe9\n")
     _, err = run(*arguments, expect=1)
     assert "allowed.txt: --candidates must be UTF-8 text" in err.replace("\n", "")
+    _, err = run(*arguments[:-1], tmp_path / "nope.txt", expect=1)
+    assert "nope.txt: --candidates cannot be read: No such file" in err.replace("\n", "")
 
 
 def test_evaluate_repeats_the_metrics_of_training(run, trained, tmp_path):

@@ -401,3 +401,19 @@ def test_a_million_rows(tmp_path):
         assert data.catalogue.decode(data.sequences[rows[str(user)]]) == [str(item) for item in items]
     assert (np.diff(data.counts) <= 0).all()
     assert data.counts.sum() == data.train.num_interactions
+
+
+def test_a_full_disk_is_named_with_the_folder(tmp_path, small_disk):
+    """numpy says how many bytes it could write, and not where."""
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:  # below the limit, and twice as large as numbers
+        file.writelines(f"{' '.join(str(item % 10) for item in range(user, user + 20))}\n" for user in range(90))
+    with pytest.raises(OSError, match=r"out: cannot be written whole \(.*\); is the disk full\?"):
+        prepare(log, tmp_path / "out", format="sequences")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_files_in_place_of_folders_are_called_that(tmp_path):
+    (tmp_path / "log.txt").write_text("a b c\n")
+    with pytest.raises(DataError, match="is a file, not a prepared folder"):
+        PreparedData.open(tmp_path / "log.txt")

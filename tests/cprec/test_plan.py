@@ -229,3 +229,13 @@ def test_the_softmax_may_have_clusters_of_its_own():
     assert (config.output_partition.cutoffs, config.output_partition.ranks) == ((100,), (16, 4))
     config = make_model_config(COUNTS, 32, "100", "32,8", False, softmax_cutoffs="none", **options)
     assert config.output_partition.num_clusters == 1
+
+
+def test_a_catalogue_too_small_for_any_default_gets_the_smallest_model_there_is(run, tmp_path):
+    """Most of it is blocks. Who asks for nothing in particular is not told that it was too much."""
+    model = NextItNetConfig.from_plan(60, 32, dilations=(1, 4), repeats=4)
+    counts = range(200, 140, -1)
+    (plan,) = plan_frontier(model, counts)
+    assert 1 < plan.compression < 1.5
+    with pytest.raises(ValueError, match="more than this model allows"):
+        plan_frontier(model, counts, [1.5])

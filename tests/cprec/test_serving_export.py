@@ -138,6 +138,7 @@ def test_damaged_exports_are_named(run, exported):
     for broken, message in (
         ([*lines[:2], "[1, 2]\n", *lines[3:]], r"items\.jsonl:3: expected"),
         ([*lines[:4], '["a", 1\n', *lines[5:]], r"items\.jsonl:5: expected"),
+        ([*lines[:5], lines[4], *lines[6:]], r"items\.jsonl:6: item '.*' is that of line 5, too"),
         (lines[:-1], f"holds {len(lines) - 1} items, the model has {len(lines)}"),
     ):
         items.write_text("".join(broken), encoding="utf-8")

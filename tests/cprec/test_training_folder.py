@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from cprec import checkpoint
 from cprec.data import prepare
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.run_folder import RunConfig, RunFolder
-from cprec.training import NonFiniteLossError, TrainingConfig, train
+from cprec.training import NonFiniteLossError, TrainingConfig, TrainingStateError, train
 
 CONFIG = TrainingConfig(length=6, batch_size=32, epochs=1, checkpoint_every=2, accelerator="cpu")
 LEFTOVERS = (".config.json.ab12cd_9", ".curve.png.00000000", "last/.state.ckpt.abcdefgh")
@@ -285,3 +286,49 @@ def test_the_defaults_are_those_of_the_command():
     for field in dataclasses.fields(TrainingConfig):
         if field.name in command:
             assert command[field.name] == field.default, field.name
+
+
+def test_weights_without_a_state_are_not_trained_over(data, model, tmp_path):
+    """A run that was going on, and whose state someone deleted."""
+    out = tmp_path / "run"
+    run = RunConfig.of(data, model, CONFIG)
+    folder = RunFolder(out)
+    folder.begin(run, resume=False, overwrite=False)
+    folder.save_weights(run, NextItNet(model))
+    before = files(out)
+    with pytest.raises(FileNotFoundError, match=r"state\.ckpt: no such file, and without it the run .*overwrite"):
+        train(data, model, CONFIG, out, resume=True, progress=False)
+    assert files(out) == before
+
+
+def test_a_finished_run_needs_no_state(data, model, tmp_path):
+    out = tmp_path / "run"
+    finished = train(data, model, CONFIG, out, progress=False)
+    (out / "last" / "state.ckpt").unlink()
+    before = files(out)
+    again = train(data, model, CONFIG, out, resume=True, progress=False)
+    assert again.to_dict() == finished.to_dict()
+    assert files(out) == before
+    with pytest.raises(FileNotFoundError, match="cannot go on"):
+        train(data, model, dataclasses.replace(CONFIG, epochs=2), out, resume=True, progress=False)
+    assert files(out) == before
+
+
+def test_a_damaged_state_of_the_right_length_is_noticed(data, model, tmp_path):
+    out = tmp_path / "run"
+    train(data, model, CONFIG, out, progress=False)
+    state = out / "last" / "state.ckpt"
+    whole = bytearray(state.read_bytes())
+    with zipfile.ZipFile(state) as parts:
+        largest = max(parts.infolist(), key=lambda part: part.file_size)
+    whole[largest.header_offset + 128 + largest.file_size // 2] ^= 4  # behind the name and the padding
+    state.write_bytes(whole)
+    with pytest.raises(TrainingStateError, match="damaged"):
+        train(data, model, dataclasses.replace(CONFIG, epochs=2), out, resume=True, progress=False)
+    assert state.read_bytes() == whole
+
+
+def test_seeds_end_where_torchs_do():
+    assert dataclasses.replace(CONFIG, seed=2**64 - 1).seed == 2**64 - 1
+    with pytest.raises(ValueError, match=r"seed must be below 2\^64, got 99999999999999999999"):
+        dataclasses.replace(CONFIG, seed=99999999999999999999)

@@ -399,3 +399,11 @@ def test_places_that_cannot_be_written_are_told(module, tmp_path):
     with pytest.raises(OSError, match="folder"):
         index.save(tmp_path / "folder")
     assert [entry.name for entry in Path(tmp_path).iterdir()] == ["folder"]
+
+
+def test_a_full_disk_is_named_with_the_file(module, path, small_disk):
+    before = path.read_bytes()
+    with pytest.raises(OSError, match=r"File too large: '.*catalogue\.index'"):
+        module.build_index("float32").save(path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]

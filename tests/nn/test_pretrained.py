@@ -130,3 +130,10 @@ def test_a_compressed_model_comes_back(tied, tmp_path):
         assert fresh.table.embedding.embeddings[0] is fresh.out.softmax.embedding.embeddings[0]
     with pytest.raises(ValueError, match="holds a CompressionPlan"):
         TiedBlocks.from_pretrained(tmp_path)
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path, small_disk):
+    module = ClusteredSoftmaxWithLoss(16, Partition.single(1_000, 16))
+    with pytest.raises(OSError, match=r"File too large: '.*new/model\.safetensors'"):
+        module.save_pretrained(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []

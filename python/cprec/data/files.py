@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cprec.files import naming
+
 from .errors import DataError
 
 META = "meta.json"
@@ -71,7 +73,8 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     work = _sibling(out)
     work.mkdir()
     try:
-        yield work
+        with naming(out):
+            yield work
         check_target(out, overwrite)
         if out.exists() and any(out.iterdir()):
             old = work.with_suffix(".old")
@@ -95,7 +98,8 @@ def new_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = _sibling(path)
     try:
-        yield work
+        with naming(path):
+            yield work
         work.replace(path)
     except BaseException:
         work.unlink(missing_ok=True)

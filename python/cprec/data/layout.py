@@ -152,7 +152,10 @@ def resolve_columns(
                 return plain.index(name)
         if needed:
             raise DataError(
-                f"no column looks like the {role}; the columns are: {listed}. Name it with {role}_column=", path, line
+                f"no column looks like the {role}; the columns are: {listed}. Name it with {role}_column= "
+                f"(--{role}-column)",
+                path,
+                line,
             )
         return None
 

@@ -247,6 +247,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json of a prepared folder, checked. Raises DataError."""
     path = folder / META
     if not folder.is_dir():
+        if folder.exists():
+            raise DataError("is a file, not a prepared folder; make one with 'cprec prepare'", folder)
         raise DataError("no such folder; make it with 'cprec prepare'", folder)
     if not path.is_file():
         raise DataError(f"is not a prepared folder (it has no {META}); make one with 'cprec prepare'", folder)
