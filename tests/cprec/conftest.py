@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from cprec.__main__ import main
+from cprec.checkpoint import save
+from tests.cprec.checkpoints import make
 
 
 @pytest.fixture
@@ -28,3 +30,17 @@ def run(monkeypatch, capfd):
         return out, err
 
     return call
+
+
+@pytest.fixture(params=["package", "torch alone"])
+def reader(request, monkeypatch):
+    """Both ways to read: with the safetensors package and without it."""
+    if request.param == "torch alone":
+        monkeypatch.setitem(sys.modules, "safetensors", None)
+    return request.param
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder saved by the package, made before ``reader`` may hide it."""
+    return save(tmp_path / "model", make(), extra={"training": {"epochs": 3}})

@@ -231,7 +231,7 @@ def test_the_softmax_may_have_clusters_of_its_own():
     assert config.output_partition.num_clusters == 1
 
 
-def test_a_catalogue_too_small_for_any_default_gets_the_smallest_model_there_is(run, tmp_path):
+def test_a_catalogue_too_small_for_any_default_gets_the_smallest_model_there_is():
     """Most of it is blocks. Who asks for nothing in particular is not told that it was too much."""
     model = NextItNetConfig.from_plan(60, 32, dilations=(1, 4), repeats=4)
     counts = range(200, 140, -1)
