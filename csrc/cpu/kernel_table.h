@@ -7,6 +7,7 @@
 #include "cpu/residual_stack.h"
 #include "cpu/roofline.h"
 #include "cpu/row_optimizer.h"
+#include "cpu/softmax_count.h"
 #include "cpu/topk_index.h"
 #include "cprec/cpu.h"
 
@@ -25,6 +26,7 @@
       cprec::CPREC_ISA::softmax_lse,               \
       cprec::CPREC_ISA::softmax_target_logits,     \
       cprec::CPREC_ISA::softmax_logits,            \
+      cprec::CPREC_ISA::softmax_count,             \
       cprec::CPREC_ISA::softmax_project,           \
       cprec::CPREC_ISA::softmax_grad,              \
       cprec::CPREC_ISA::softmax_lse_workspace,     \

@@ -20,6 +20,10 @@ constexpr int64_t kLanes = kTokenPad;  // rows that are handled side by side
 constexpr int64_t kSearchSlabs = 32;
 constexpr int64_t kSearchSlabEntries = 144;
 
+inline int64_t entries_of_slab(int64_t items) {
+  return round_up((items + kSearchSlabs - 1) / kSearchSlabs, kSearchSlabEntries);
+}
+
 // A level evaluated for some rows. Results are per position in `rows`, in powers of two.
 struct Scan {
   Level level;
@@ -79,7 +83,7 @@ inline Scan scan_level(const Level& level, size_t index, int64_t num_parents, in
   kernel.rows = packed + columns;
   kernels.softmax_pack(kernel, states.const_data_ptr<float>(), scan.level.count, packed, packed + columns);
 
-  const int64_t slab_entries = round_up((scan.items + kSearchSlabs - 1) / kSearchSlabs, kSearchSlabEntries);
+  const int64_t slab_entries = entries_of_slab(scan.items);
   const int64_t item_slabs = (scan.items + slab_entries - 1) / slab_entries;
   const int64_t slabs = item_slabs + (num_parents > 0 ? 1 : 0);
   if (with_maxima) scan.maxima.resize(static_cast<size_t>(scan.blocks() * kernel.num_tokens));
@@ -101,6 +105,39 @@ inline Scan scan_level(const Level& level, size_t index, int64_t num_parents, in
   for (int64_t t = 0; t < scan.level.count; ++t)
     scan.lse[static_cast<size_t>(t)] = merged_lse(shifts.data() + t, sums.data() + t, slabs, kernel.num_tokens);
   return scan;
+}
+
+// What the items of a scan are counted against, per position: see SoftmaxCountSlab.
+struct SearchBounds {
+  std::vector<float> before, from;
+  std::vector<int64_t> own;
+
+  explicit SearchBounds(const Scan& scan)
+      : before(static_cast<size_t>(scan.num_tokens()), std::numeric_limits<float>::infinity()),
+        from(before),
+        own(before.size(), -1) {}
+};
+
+// Items that reach their position's bound.
+inline std::vector<int64_t> count_reaching(const Scan& scan, const SearchBounds& bounds) {
+  const int64_t tokens = scan.num_tokens(), slab_entries = entries_of_slab(scan.items);
+  const int64_t slabs = (scan.items + slab_entries - 1) / slab_entries;
+  std::vector<int64_t> counts(static_cast<size_t>(slabs * tokens)), out(static_cast<size_t>(tokens));
+  const auto& kernels = cpu_kernels();
+  run_jobs(slabs, [&](int64_t slab) {
+    SoftmaxCountSlab work{};
+    work.begin = slab * slab_entries;
+    work.end = std::min(work.begin + slab_entries, scan.items);
+    work.before = bounds.before.data();
+    work.from = bounds.from.data();
+    work.own = bounds.own.data();
+    work.maxima = scan.maxima.data();
+    work.count = counts.data() + slab * tokens;
+    work.workspace = scratch(kernels.softmax_lse_workspace(scan.level.kernel));
+    kernels.softmax_count(scan.level.kernel, work);
+  });
+  for (size_t i = 0; i < counts.size(); ++i) out[i % out.size()] += counts[i];
+  return out;
 }
 
 // The catalogue of one call and the scans of one chunk of its rows.

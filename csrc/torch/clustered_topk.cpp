@@ -189,22 +189,17 @@ Tensor clustered_rank_cpu(const Tensor& input, const Tensor& target, at::TensorL
           others.push_back(row);
       if (!others.empty()) search.scan_tail(j, std::move(others), true);
     }
+    // Items with a smaller id go before the target at the same score, others only with a higher one.
     for (const Scan& scan : search.scans) {
-      std::vector<float> reached(scan.rows.size()), above(scan.rows.size());
-      for (size_t t = 0; t < reached.size(); ++t) {
-        const float score = own[static_cast<size_t>(scan.rows[t])];
-        reached[t] = least_logit(score, scan.offset[t], false);
-        above[t] = least_logit(score, scan.offset[t], true);
+      SearchBounds bounds(scan);
+      for (size_t t = 0; t < scan.rows.size(); ++t) {
+        const int64_t row = scan.rows[t];
+        bounds.own[t] = ids[row] - scan.first_item;
+        bounds.before[t] = least_logit(own[static_cast<size_t>(row)], scan.offset[t], false);
+        bounds.from[t] = least_logit(own[static_cast<size_t>(row)], scan.offset[t], true);
       }
-      visit_blocks(scan, reached, nullptr, [&](int64_t t, int64_t first, int64_t count, const float* logits) {
-        const int64_t row = scan.rows[static_cast<size_t>(t)];
-        // Items with a smaller id go before the target at the same score, others only with a higher one.
-        const int64_t smaller = std::clamp<int64_t>(ids[row] - scan.first_item - first, 0, count);
-        int64_t better = 0;
-        for (int64_t i = 0; i < smaller; ++i) better += logits[i * kLanes] >= reached[static_cast<size_t>(t)];
-        for (int64_t i = smaller; i < count; ++i) better += logits[i * kLanes] >= above[static_cast<size_t>(t)];
-        rank[row] += better;
-      });
+      const std::vector<int64_t> better = count_reaching(scan, bounds);
+      for (size_t t = 0; t < scan.rows.size(); ++t) rank[scan.rows[t]] += better[t];
     }
   });
   return ranks;

@@ -82,6 +82,29 @@ def test_equal_scores_go_by_id(cpu_isa):
     assert torch.equal(functional.clustered_rank(hidden, target, flat), target)
 
 
+@pytest.mark.parametrize("distinct", [5, 1_000_000])
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_ranks_of_targets_all_over(rows, distinct, cpu_isa):
+    """Every row has its own target; of five distinct items in every cluster, thousands tie on either side of it."""
+    weights = make_softmax(PARTITION)
+    few = [table[torch.arange(len(table)) % distinct] for table in weights.weights]
+    few[0][-2:] = weights.weights[0][-2:]  # the parents' labels
+    bias = weights.head_bias.clone()
+    bias[:-2] = 0.0
+    weights = weights._replace(weights=few, head_bias=bias, tail_biases=())
+    hidden = make_hidden(PARTITION, (rows,))
+    _, items = functional.clustered_topk(hidden, PARTITION.num_items, weights)
+    borders = torch.tensor([0, 1, 47, 48, 143, 144, 1_500, 1_501, 1_502, 1_549, 8_002, 8_003, 8_147, 30_009, 30_010])
+    generator = torch.Generator().manual_seed(rows)
+    for target in (
+        borders[torch.arange(rows) % len(borders)],
+        borders[torch.arange(7, 7 + rows) % len(borders)],
+        torch.randint(PARTITION.num_items, (rows,), generator=generator),
+    ):
+        expected = (items == target[:, None]).int().argmax(dim=1)
+        assert torch.equal(functional.clustered_rank(hidden, target, weights), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_does_not_see_its_neighbours(dtype, cpu_isa):
     """Bit for bit: alone, in a batch, in another chunk of rows, with any number of threads."""

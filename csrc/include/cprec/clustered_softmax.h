@@ -47,6 +47,18 @@ struct SoftmaxLseSlab {
   float* workspace;  // softmax_lse_workspace floats
 };
 
+// Of entries begin..end-1, how many logits reach a bound of every token, in powers of two: `before` where the entry
+// precedes the token's own, `from` from that one on. `before` is at most `from`; infinite for padding.
+struct SoftmaxCountSlab {
+  std::int64_t begin, end;  // begin a multiple of kMaximaEntries
+  const float* before;      // (num_tokens,)
+  const float* from;        // (num_tokens,)
+  const std::int64_t* own;  // (num_tokens,) an entry, below 0 or beyond the last where it is none of this level's
+  const float* maxima;      // (entries of the level / kMaximaEntries, num_tokens): largest logits in powers of two
+  std::int64_t* count;      // (num_tokens,) out
+  float* workspace;         // softmax_lse_workspace floats
+};
+
 // Gradients of entries begin..end-1. With p = exp(logit - lse): d logit = coefficient p + uniform, except where the
 // entry is the token's own: there it is at_target, which the caller has from a sum that loses no digits when p is
 // near 1.

@@ -38,6 +38,7 @@ struct CpuKernels {
   // out[entry][token].
   void (*softmax_logits)(const SoftmaxLevel& level, std::int64_t first, std::int64_t count, std::int64_t token,
                          float* out, float* workspace);
+  void (*softmax_count)(const SoftmaxLevel& level, const SoftmaxCountSlab& slab);
   // z (rank,) = Q h for Q (rank, width).
   void (*softmax_project)(const float* q, const float* h, std::int64_t rank, std::int64_t width, float* z);
   void (*softmax_grad)(const SoftmaxLevel& level, const SoftmaxGradSlab& slab);
