@@ -68,7 +68,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("csrc/cpu", ".h"): (
         {"block_embedding", "clustered_softmax", "residual_stack", "row_optimizer", "topk_index"},
         {"block_embedding_backward", "half", "kernel_table", "math", "roofline", "softmax_block"}
-        | {"softmax_narrow", "transpose_x86", "vec_scalar", "vec_avx2", "vec_avx512"},
+        | {"softmax_count", "softmax_narrow", "transpose_x86", "vec_scalar", "vec_avx2", "vec_avx512"},
     ),
     ("csrc/cuda", ".cu"): ({"block_embedding"}, set()),
     ("tests/ops", ".py"): (
