@@ -1,5 +1,5 @@
 """Item vectors from interactions alone: which item follows which, factorised (implicit ALS). It takes about as long as an
-epoch, and a model that starts from such vectors needs a fraction of the epochs (docs/planning.md)."""
+epoch, and a model that starts from such vectors needs a fraction of the epochs (docs/accuracy.md)."""
 
 from __future__ import annotations
 
