@@ -29,6 +29,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
             "reindexed",
             "softmax_base",
             "tied_blocks",
+            "whole_file",
         },
     ),
     ("cprec_kernels/convert", ".py"): (

@@ -20,7 +20,6 @@ import math
 import os
 import struct
 import sys
-import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch import Tensor
 from ..ops.topk_index import LISTS, IndexArrays, check_arrays
 from ..partition import Partition
 from .index_packing import BLOCKS, STORAGES
+from .whole_file import whole_file
 
 MAGIC = b"CPRECTKI"
 FORMAT_VERSION = 2
@@ -73,21 +73,11 @@ def write_index(path: str | os.PathLike[str], about: Mapping[str, Any], arrays: 
     path = Path(path)
     kept = [(name, array) for name, array in arrays.named() if array.numel() > 0]
     prefix, header, offsets = _layout(about, kept)
-    stage = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with stage.open("xb") as file:
-            file.write(prefix + header)
-            for (_, array), offset in zip(kept, offsets, strict=True):
-                file.write(bytes(offset - file.tell()))
-                file.write(bytes_of(array))
-            file.flush()
-            os.fsync(file.fileno())
-        stage.replace(path)
-    except BaseException as error:
-        stage.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk's
-            error.filename = os.fspath(path)
-        raise
+    with whole_file(path) as file:
+        file.write(prefix + header)
+        for (_, array), offset in zip(kept, offsets, strict=True):
+            file.write(bytes(offset - file.tell()))
+            file.write(bytes_of(array))
     # The rename itself, where the system lets a folder be synced.
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..partition import Partition
+from .whole_file import whole_file
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -56,19 +56,12 @@ def write_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
     metadata = {"format": "pt", FINGERPRINT_KEY: hashlib.sha256(text.encode()).hexdigest()}
     data = package.torch.save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata)
     for name, content in ((WEIGHTS_NAME, data), (CONFIG_NAME, text.encode())):
-        stage = folder / f".{name}.{uuid.uuid4().hex}.tmp"
         try:
-            with stage.open("xb") as file:
+            with whole_file(folder / name) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            stage.replace(folder / name)
-        except BaseException as error:
-            stage.unlink(missing_ok=True)
+        except BaseException:
             if made and not any(folder.iterdir()):
                 folder.rmdir()
-            if isinstance(error, OSError) and error.filename is None:  # a full disk's
-                error.filename = os.fspath(folder / name)
             raise
     return folder
 
