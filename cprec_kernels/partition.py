@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_CLUSTERS = 8
 
 
-def _as_int(value: Any, name: str) -> int:
+def as_int(value: Any, name: str) -> int:
     """``value`` as an int; floats, strings and bools are refused with ``name`` in the message."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got the bool {value}")
@@ -57,10 +57,10 @@ class Partition:
     embedding_dim: int
 
     def __init__(self, num_items: int, cutoffs: Sequence[int], ranks: Sequence[int], embedding_dim: int) -> None:
-        num_items = _as_int(num_items, "num_items")
-        embedding_dim = _as_int(embedding_dim, "embedding_dim")
-        cutoffs = tuple(_as_int(cutoff, f"cutoffs[{i}]") for i, cutoff in enumerate(cutoffs))
-        ranks = tuple(_as_int(rank, f"ranks[{j}]") for j, rank in enumerate(ranks))
+        num_items = as_int(num_items, "num_items")
+        embedding_dim = as_int(embedding_dim, "embedding_dim")
+        cutoffs = tuple(as_int(cutoff, f"cutoffs[{i}]") for i, cutoff in enumerate(cutoffs))
+        ranks = tuple(as_int(rank, f"ranks[{j}]") for j, rank in enumerate(ranks))
         if num_items < 1:
             raise ValueError(f"num_items must be at least 1, got {num_items}")
         if embedding_dim < 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import ClusteredSoftmaxWithLoss
-from ..partition import Partition
+from ..partition import Partition, as_int
 from ._factors import Dense, checked_counts, copy_all, fit_parents, fit_softmax, fit_table, weights_of
 from ._partition import fitted_partition
 from .plan import TIED, CompressionPlan, Replacement, find_classifier, find_table
@@ -173,7 +173,9 @@ def compress(
     dense = Dense(rows, None, sorted_counts)
     table_errors, softmax_errors, parent_errors = _fill(made, plan, dense, padding_row, linear, classes, inputs)
     removed = _parameters(nn.ModuleList([old, *([] if linear is None else [linear])]))
-    made.requires_grad_(old.weight.requires_grad or (linear is not None and linear.weight.requires_grad))
+    made.requires_grad_(old.weight.requires_grad)
+    if linear is not None and made.softmax is not None and not tied:
+        made.softmax.requires_grad_(linear.weight.requires_grad)
     plan.install(model, made)
     return CompressionReport(
         plan=plan,
@@ -273,6 +275,7 @@ def _checked_padding(table: nn.Embedding, padding_idx: int | None, counts: Tenso
                 stacklevel=4,
             )
         return declared
+    padding_idx = as_int(padding_idx, "padding_idx")
     if not 0 <= padding_idx < table.num_embeddings:
         raise ValueError(f"padding_idx = {padding_idx} is outside 0..{table.num_embeddings - 1}")
     if declared is not None and declared != padding_idx:
@@ -307,6 +310,10 @@ def _check_finite(name: str, module: nn.Module) -> None:
 
 
 def _check_partition(partition: Partition, num_items: int, width: int, name: str) -> None:
+    if not isinstance(partition, Partition):
+        raise TypeError(
+            f"{name} must be a Partition, got {type(partition).__name__}; Partition.from_dict makes one of a dict"
+        )
     if partition.num_items != num_items or partition.embedding_dim != width:
         raise ValueError(
             f"{name} is of {partition.num_items} items and width {partition.embedding_dim}, the model has {num_items} items "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import functional as F
-from ..partition import Partition
+from ..partition import Partition, as_int
 from .catalogue import (
     CatalogueChange,
     ChangingCatalogue,
@@ -39,6 +39,7 @@ class BlockEmbedding(ChangingCatalogue, Pretrained, nn.Module):
 
     Raises:
         TypeError: ``partition`` is not a Partition.
+        TypeError: ``padding_idx`` is no integer.
         ValueError: ``padding_idx`` out of range.
 
     Example:
@@ -58,6 +59,7 @@ class BlockEmbedding(ChangingCatalogue, Pretrained, nn.Module):
         super().__init__()
         check_partition(partition)
         if padding_idx is not None:
+            padding_idx = as_int(padding_idx, "padding_idx")
             if not -partition.num_items <= padding_idx < partition.num_items:
                 raise ValueError(f"padding_idx = {padding_idx} is outside 0..{partition.num_items - 1}")
             padding_idx %= partition.num_items

@@ -138,7 +138,19 @@ def optimizers_of(optimizer: Optimizers) -> list[Optimizer]:
 
 
 def check_state(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> None:
-    """Raise ValueError for state that is not known to be a row's, before anything is changed."""
+    """Raise ValueError for state that is not known to be a row's, and for a parameter that learns in none of the
+    optimizers while others do; before anything is changed."""
+    held = {
+        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    }
+    strangers = [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in held]
+    if optimizers and strangers:
+        raise ValueError(
+            f"a parameter of shape {tuple(strangers[0].shape)} is in none of the optimizers, so what takes its place would "
+            "not learn: pass all optimizers that train this module. A table that another module shared, and that was "
+            "replaced when that one changed, can no longer be followed: change modules that share tables without sharing, "
+            "or build them anew"
+        )
     known = FIRST_MOMENTS | SECOND_MOMENTS | PENDING
     for optimizer in optimizers:
         for parameter in parameters:

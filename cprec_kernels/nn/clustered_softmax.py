@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,7 +149,8 @@ class ClusteredSoftmaxWithLoss(ChangingCatalogue, ClusteredSoftmaxBase):
         checkpoints survive the change.
 
         Args:
-            module: what to copy. Frozen, or in evaluation mode, so is the copy.
+            module: what to copy. What is frozen stays so, and evaluation mode does; a tail whose matrices are multiplied
+                is frozen if both were.
             options: ``tail_bias``, ``ignore_index``, ``reduction``, ``label_smoothing`` and ``z_loss``, as in the
                 constructor; tail biases start at zero.
 
@@ -162,7 +163,8 @@ class ClusteredSoftmaxWithLoss(ChangingCatalogue, ClusteredSoftmaxBase):
         state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
         partition, converted = from_adaptive_state_dict(state)
         head = cls.from_factors(partition, converted, **options)
-        head.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
+        for ours, theirs in _matched(head, module):
+            ours.requires_grad_(any(parameter.requires_grad for parameter in theirs))
         return head.train(module.training)
 
     def to_adaptive(self, div_value: float | None = None) -> nn.AdaptiveLogSoftmaxWithLoss:
@@ -199,7 +201,9 @@ class ClusteredSoftmaxWithLoss(ChangingCatalogue, ClusteredSoftmaxBase):
             dtype=like.dtype,
         )
         module.load_state_dict(converted)
-        module.requires_grad_(any(parameter.requires_grad for parameter in self.parameters()))
+        for ours, theirs in _matched(self, module):
+            for parameter in theirs:
+                parameter.requires_grad_(ours.requires_grad)
         return module.train(self.training)
 
     @torch.no_grad()
@@ -263,3 +267,24 @@ class ClusteredSoftmaxWithLoss(ChangingCatalogue, ClusteredSoftmaxBase):
     def _describe_parts(self) -> list[str]:
         biases = [f"head_bias={self.head_bias is not None}", f"tail_bias={len(self.tail_biases) > 0}"]
         return [*super()._describe_parts(), *biases]
+
+
+def _matched(
+    ours: ClusteredSoftmaxWithLoss, theirs: nn.AdaptiveLogSoftmaxWithLoss
+) -> Iterator[tuple[nn.Parameter, list[Tensor]]]:
+    """Our parameters, each with those of torch's module that say whether it learns."""
+    projections = dict(zip(ours.partition.projected, ours.projections, strict=True))
+    yield ours.weights[0], [theirs.head.weight]
+    if 0 in projections:
+        yield projections[0], [theirs.head.weight]
+    if ours.head_bias is not None and theirs.head.bias is not None:
+        yield ours.head_bias, [theirs.head.bias]
+    for j in range(1, ours.partition.num_clusters):
+        down, up = (theirs.get_parameter(f"tail.{j - 1}.{layer}.weight") for layer in (0, 1))
+        if j in projections:
+            yield projections[j], [down]
+            yield ours.weights[j], [up]
+        else:
+            yield ours.weights[j], [down, up]
+        if len(ours.tail_biases) > 0:
+            yield ours.tail_biases[j - 1], [up]

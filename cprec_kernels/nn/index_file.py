@@ -272,6 +272,6 @@ def _check_ids(partition: Partition, arrays: IndexArrays) -> None:
         if ids.numel() == 0:
             continue
         size = partition.sizes[j]
-        wanted = torch.arange(offsets[j], offsets[j + 1], dtype=torch.int32)
+        wanted = torch.arange(offsets[j], offsets[j + 1], dtype=torch.int32, device="cpu")
         if not torch.equal(ids[:size].sort().values, wanted) or not bool((ids[size:] == -1).all()):
             raise BrokenFileError(f"ids.{j} do not name every item of {offsets[j]}..{offsets[j + 1] - 1} once")

@@ -113,7 +113,7 @@ def check_finite(weights: Weights) -> None:
 
 
 def _absent(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(0, dtype=dtype)
+    return torch.empty(0, dtype=dtype, device="cpu")
 
 
 def _pack_level(
@@ -159,7 +159,10 @@ def _pack_level(
         leaf_stats,
         basis,
         torch.cat(
-            [_level_bounds(full, groups, scales, exact, bias, size), torch.tensor([longest]).double() * ROUND_UP]
+            [
+                _level_bounds(full, groups, scales, exact, bias, size),
+                torch.tensor([longest], dtype=torch.float64, device="cpu") * ROUND_UP,
+            ]
         ),
     )
 
@@ -213,7 +216,7 @@ class LookedFor(NamedTuple):
 
 def _looked_for(weights: Weights, head: int, probing: bool) -> LookedFor:
     """From the first ``head`` rows of the head's weights."""
-    places = torch.linspace(0, head - 1, min(PROBES, head)).long()
+    places = torch.linspace(0, head - 1, min(PROBES, head), dtype=torch.float32, device="cpu").long()
     probes = weights.weights[0][places].double()
     if weights.projections and weights.projections[0].shape[0] == probes.shape[1] < weights.projections[0].shape[1]:
         probes = probes @ weights.projections[0].double()
@@ -223,7 +226,7 @@ def _looked_for(weights: Weights, head: int, probing: bool) -> LookedFor:
 def _second_moment(weights: Weights, head: int) -> Tensor:
     """(d, d) fp64: the mean of h h^T, up to a factor, were hidden states h the head's items."""
     table = weights.weights[0]
-    moment: Tensor = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
+    moment: Tensor = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64, device="cpu")
     for part in table[:head].split(MOMENT_ROWS):
         own = part.double()
         moment += own.T @ own
@@ -243,7 +246,7 @@ def leaf_basis(moment: Tensor, projection: Tensor | None) -> Tensor:
     values, axes = torch.linalg.eigh(moment)
     largest = float(values[-1])
     if not largest > 0:  # a head or a projection of zeros tells nothing
-        return torch.eye(moment.shape[0])
+        return torch.eye(moment.shape[0], dtype=torch.float32, device="cpu")
     lengths = (values / largest).clamp(min=MIN_EIGENVALUE).sqrt()
     basis: Tensor = (axes / lengths).T.float().contiguous()
     return basis
@@ -262,7 +265,7 @@ def kd_order(points: Tensor) -> Tensor:
     the last node of a depth may hold fewer. Within a leaf items are in the order of their ids.
     """
     count = points.shape[0]
-    order = torch.arange(count)
+    order = torch.arange(count, device="cpu")
     size = LEAF
     while size < count:
         size *= 2
@@ -331,8 +334,8 @@ def _leaves(
     """Leaves (ceil(L / 32), 3, r, 32) and their statistics (ceil(L / 32), 4, 32) of packed items; the longest item."""
     rank, longest = groups.shape[1], 0.0
     number = -(-size // LEAF)
-    boxes = _padded(torch.empty(number, 3, rank), GROUP)
-    stats = _padded(torch.empty(number, 4), GROUP)
+    boxes = _padded(torch.empty(number, 3, rank, dtype=torch.float32, device="cpu"), GROUP)
+    stats = _padded(torch.empty(number, 4, dtype=torch.float32, device="cpu"), GROUP)
     stats[number:, 1] = NO_ITEMS
     for rows in _chunks(size, rank):
         leaf = slice(rows.start // LEAF, -(-rows.stop // LEAF))
@@ -372,7 +375,7 @@ def share_left(
     """
     rank = groups.shape[1]
     z = z @ basis.double().T
-    largest = torch.full((len(z),), -torch.inf, dtype=torch.float64)
+    largest = torch.full((len(z),), -torch.inf, dtype=torch.float64, device="cpu")
     for rows in _chunks(size, rank):
         own = _in_basis(rows_of(groups, scales, rows), basis)
         above = own.new_zeros(len(own)) if bias is None else bias[rows].double()
@@ -397,11 +400,11 @@ def _level_bounds(full: Tensor, groups: Tensor, scales: Tensor, exact: bool, bia
     narrow = groups.dtype != torch.float32
     nothing = _absent()
     counting = (groups, scales) if narrow and not exact else (full, nothing)
-    mean = torch.zeros(rank, dtype=torch.float64)
+    mean = torch.zeros(rank, dtype=torch.float64, device="cpu")
     for rows in _chunks(size, rank):
         mean += rows_of(*counting, rows).sum(0)
     mean /= size
-    error, norm, radius = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    error, norm, radius = (torch.zeros((), dtype=torch.float64, device="cpu") for _ in range(3))
 
     def longest(least: Tensor, vectors: Tensor) -> Tensor:
         return torch.maximum(least, torch.linalg.vector_norm(vectors, dim=1).max())
@@ -418,7 +421,7 @@ def _level_bounds(full: Tensor, groups: Tensor, scales: Tensor, exact: bool, bia
             else:
                 order_by = stored
         radius = longest(radius, order_by - mean)
-    above = largest = torch.zeros((), dtype=torch.float64)
+    above = largest = torch.zeros((), dtype=torch.float64, device="cpu")
     if bias is not None:
         wide = bias.double()
         above, largest = (wide.max() - wide.mean()).clamp(min=0), wide.abs().max()

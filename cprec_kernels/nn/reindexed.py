@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._library import check_ids, check_integers
+from ..ops.clustered_topk import Exclude
 from .block_embedding import BlockEmbedding
 from .catalogue import ChangingCatalogue
 from .clustered_softmax import ClusteredSoftmaxOutput
@@ -57,8 +59,13 @@ class ReindexedEmbedding(nn.Module):
             self.padding_idx = int(place[0]) if place.numel() else None
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(..., d) for ids (...) int64. Raises IndexError for an id outside 0..num_embeddings-1."""
-        out: Tensor = self.embedding(self.items.index_select(0, ids.reshape(-1)).reshape(ids.shape))
+        """(..., d) for ids (...) int64.
+
+        Raises:
+            IndexError: an id outside 0..num_embeddings-1. TypeError: ids that are not int64.
+            ValueError: ids on another device.
+        """
+        out: Tensor = self.embedding(_looked_up(self.items, ids, "ids"))
         return out
 
     @property
@@ -128,7 +135,7 @@ class ReindexedSoftmax(nn.Module):
         """Classes as items; classes that are none, and ``ignore_index``, as ignored."""
         ignored = self.softmax.ignore_index
         known = target != ignored
-        items = self.items.index_select(0, torch.where(known, target, 0).reshape(-1)).reshape(target.shape)
+        items = _looked_up(self.items, torch.where(known, target, 0), "target")
         return torch.where(known & (items >= 0), items, ignored)
 
     def output(self, hidden: Tensor, target: Tensor) -> ClusteredSoftmaxOutput:
@@ -144,16 +151,35 @@ class ReindexedSoftmax(nn.Module):
         """The softmax's loss for hidden (..., d) and target classes (...): the head and the target's tail alone."""
         return self.output(hidden, target).loss
 
-    def topk(self, hidden: Tensor, k: int, exclude: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    def topk(
+        self,
+        hidden: Tensor,
+        k: int,
+        exclude: Exclude | None = None,
+        candidates: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
         """The k most probable classes, exact: scores and classes (..., k), -inf and -1 where fewer are left.
 
-        ``exclude`` holds classes never to return, (..., m) per row; negative entries and padding are skipped, so a
-        padded history can be passed as it is. ``options`` are those of the softmax's ``topk``.
+        Args:
+            hidden: (..., d).
+            k: how many.
+            exclude: classes never to return, (..., m) per row, or (offsets, classes) as the softmax's ``topk`` takes them;
+                negative entries and padding are skipped, so a padded history can be passed as it is.
+            candidates: (C',) the only classes to return; padding among them is none.
+            options: those of the softmax's ``topk``, such as ``storage``.
+
+        Raises:
+            IndexError: a class outside 0..C-1. TypeError, ValueError: as the softmax's ``topk``.
         """
-        if exclude is not None:
-            items = self.items.index_select(0, exclude.clamp(min=0).reshape(-1)).reshape(exclude.shape)
-            exclude = torch.where(exclude >= 0, items, -1)
-        scores, items = self.softmax.topk(hidden, k, exclude=exclude, **options)
+        if isinstance(exclude, Tensor):
+            exclude = self._excluded(exclude)
+        elif exclude is not None:
+            exclude = (exclude[0], self._excluded(exclude[1]))
+        if candidates is not None:
+            candidates = _looked_up(self.items, candidates, "candidates")
+            candidates = candidates[candidates >= 0]
+        scores, items = self.softmax.topk(hidden, k, exclude=exclude, candidates=candidates, **options)
         found = self.classes.index_select(0, items.clamp(min=0).reshape(-1)).reshape(items.shape)
         return scores, torch.where(items >= 0, found, -1)
 
@@ -163,10 +189,31 @@ class ReindexedSoftmax(nn.Module):
         Raises:
             IndexError: a target that is no item.
         """
-        return self.softmax.rank(hidden, self.items.index_select(0, target.reshape(-1)).reshape(target.shape))
+        items = _looked_up(self.items, target, "target")
+        if not torch.compiler.is_compiling() and items.device.type == "cpu" and bool((items < 0).any()):
+            place = tuple((items < 0).nonzero()[0].tolist())
+            raise IndexError(
+                f"target{list(place)} = {int(target[place])} is a class that no item stands for: it has no rank"
+            )
+        return self.softmax.rank(hidden, items)
+
+    def _excluded(self, classes: Tensor) -> Tensor:
+        """Classes as items, -1 for negative ones and those that are none."""
+        items = _looked_up(self.items, classes.clamp(min=0), "exclude")
+        return torch.where(classes >= 0, items, -1)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _looked_up(items: Tensor, ids: Tensor, name: str) -> Tensor:
+    """items[ids]. Raises IndexError, TypeError or ValueError for ids that are none, in the caller's own numbers."""
+    check_integers(ids, name)
+    if ids.device != items.device:
+        raise ValueError(f"{name} is on {ids.device}, the module on {items.device}: move one of them")
+    if not torch.compiler.is_compiling():
+        check_ids(ids, items.numel(), name)
+    return items.index_select(0, ids.reshape(-1)).reshape(ids.shape)
 
 
 def _check_items(items: Tensor, num_items: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 import weakref
 from collections.abc import Iterator
@@ -63,8 +64,8 @@ class TopKIndex:
     """The best items of many queries, from weights packed for it: exact like the module's own ``topk``, and faster.
 
     Made by :meth:`build` or :meth:`load`; nothing about it changes afterwards, and any number of threads may search it.
-    An index is a copy: one whose module has been trained on, or moved, is stale and refuses to search. Changes through
-    ``parameter.data``, which torch does not count, are not seen.
+    An index is a copy: one whose module has been trained on, or moved, is stale and refuses to search. Changes that
+    torch does not count are not seen: through ``parameter.data``, and of a module made in inference mode.
 
     Example:
         >>> head = ClusteredSoftmaxWithLoss(64, Partition(1000, [50, 200], [64, 16, 4], 64))
@@ -333,26 +334,28 @@ def _check_module(module: ClusteredSoftmaxBase) -> None:
 
 
 def _state(module: ClusteredSoftmaxBase) -> list[tuple[Any, ...]]:
-    """What changes when a parameter of the module is written to, moved or replaced."""
+    """What changes when a tensor of the module is written to, moved or replaced."""
     return [
         (
-            parameter.untyped_storage()._cdata,
-            parameter.data_ptr(),
+            tensor.untyped_storage()._cdata,
+            tensor.data_ptr(),
             # Inference tensors have no counter.
-            0 if parameter.is_inference() else parameter._version,
+            0 if tensor.is_inference() else tensor._version,
         )
-        for parameter in _parameters(module)
+        for tensor in _tensors(module)
     ]
 
 
-def _parameters(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    """``module.parameters()``, shared ones each time: every search asks, and torch's own takes three times as long."""
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            yield parameter
+def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers (a parametrization's mask is one), shared ones each time: every search asks, and torch's own
+    iterators take three times as long."""
+    for held in (module._parameters, module._buffers):
+        for tensor in held.values():
+            if tensor is not None:
+                yield tensor
     for child in module._modules.values():
         if child is not None:
-            yield from _parameters(child)
+            yield from _tensors(child)
 
 
 @functools.cache
@@ -364,13 +367,16 @@ def _watch_fused_optimizers() -> None:
 def _count_fused_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
         if group.get("fused"):
-            torch.autograd.graph.increment_version([param for param in group["params"] if param.grad is not None])
+            # All that may have had a gradient: other hooks may have cleared it by now.
+            torch.autograd.graph.increment_version(
+                [param for param in group["params"] if param.requires_grad or param.grad is not None]
+            )
 
 
 def _fingerprint(module: ClusteredSoftmaxBase) -> str:
-    """SHA-256 of the module's parameters: their names, dtypes, shapes and bits."""
+    """SHA-256 of the module's parameters, and of buffers if it was given any: names, dtypes, shapes and bits."""
     digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)};".encode())
-        digest.update(bytes_of(parameter.detach().contiguous()))
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(bytes_of(tensor.detach().contiguous()))
     return digest.hexdigest()

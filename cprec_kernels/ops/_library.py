@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from .. import _backend
 
@@ -112,8 +113,9 @@ def accumulate_in_place(parameters: Iterable[Tensor], enabled: bool = True) -> N
     of their dtype; ``optimizer.zero_grad(set_to_none=False)`` keeps them from step to step. Everything else goes the
     usual way.
 
-    What differs: autograd sees no gradient for such a table, so hooks on it (DDP's among them) do not run, and
-    ``torch.autograd.grad`` must not be used with it. ``torch.compile`` ignores the request.
+    What differs: autograd sees no gradient for such a table, so hooks on it (DDP's among them) do not run. A backward
+    that is asked for other gradients, by ``torch.autograd.grad`` or ``inputs=``, goes the usual way and leaves ``.grad`` as
+    it is. ``torch.compile`` ignores the request.
 
     Args:
         parameters: leaf tensors, e.g. ``module.parameters()``.
@@ -131,8 +133,9 @@ def asked_in_place(tables: Sequence[Tensor]) -> bool:
 
 
 def gradients_in_place(tables: Sequence[Tensor]) -> list[Tensor] | None:
-    """The ``.grad`` of every table, when all of them asked for :func:`accumulate_in_place` and have one that fits."""
-    if not asked_in_place(tables):
+    """The ``.grad`` of every table, when all of them asked for :func:`accumulate_in_place`, have one that fits, and the
+    backward that runs is to fill it."""
+    if not asked_in_place(tables) or not all(map(_accumulates, tables)):
         return None
     gradients = []
     for table in tables:
@@ -143,6 +146,14 @@ def gradients_in_place(tables: Sequence[Tensor]) -> list[Tensor] | None:
             return None
         gradients.append(gradient)
     return gradients
+
+
+def _accumulates(leaf: Tensor) -> bool:
+    """Whether the running backward adds to the leaf's ``.grad``: one with ``inputs=`` may be after something else."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(leaf).node))
+    except RuntimeError:  # torch.autograd.grad captures the leaf's gradient
+        return False
 
 
 def check_ids(ids: Tensor, num_items: int, name: str, allowed: int | None = None) -> None:

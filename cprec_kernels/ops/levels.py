@@ -96,7 +96,9 @@ def _level(
     )
     place = torch.where(member, column, 0)
     with contextlib.nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
-        hidden = rows if projection is None else rows @ projection.T
+        # Not 0 times what a token outside may hold: NaN, where attention had nothing to look at.
+        own_rows = rows.masked_fill(~member[:, None], 0.0)
+        hidden = own_rows if projection is None else own_rows @ projection.T
         logit = (hidden * weight[place]).sum(1)
         if bias is not None:
             logit = logit + bias[place]

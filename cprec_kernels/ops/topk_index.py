@@ -85,10 +85,13 @@ class IndexArrays(NamedTuple):
     def absent(cls, sizes: Sequence[int], rank: int) -> IndexArrays:
         """An index of levels of these sizes in which nothing is there yet; ``rank`` is the head's."""
         lists = [
-            [torch.empty(0, dtype=torch.int32 if name == "ids" else torch.float32) for _ in sizes]
+            [torch.empty(0, dtype=torch.int32 if name == "ids" else torch.float32, device="cpu") for _ in sizes]
             for name in cls._fields[LISTS]
         ]
-        return cls._make([list(sizes), *lists, torch.empty(0), torch.empty(0, rank), torch.empty(0)])
+        bounds, parents, parent_bias = (
+            torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((0,), (0, rank), (0,))
+        )
+        return cls._make([list(sizes), *lists, bounds, parents, parent_bias])
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Every array with its name, ``groups.0`` for entry 0 of the list ``groups``, level by level."""

@@ -19,6 +19,8 @@ from ..nn import BlockEmbedding
 from ..ops import row_optimizer as ops
 
 Group = dict[str, Any]
+# State that is one number per row; other state has the shape of its parameter.
+PER_ROW = frozenset({"sum", "row_log_decay"})
 
 
 class Gradient(NamedTuple):
@@ -127,7 +129,9 @@ class RowwiseOptimizer(torch.optim.Optimizer):
         group, param = gradient.group, gradient.param
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)  # on the host: no step waits for a device
+            state["step"] = torch.zeros(
+                (), dtype=torch.float32, device="cpu"
+            )  # on the host: no step waits for a device
             state.update(self._new_state(group, param))
         step = int(state["step"]) + 1
         lr = self._learning_rate(group, step)
@@ -144,7 +148,7 @@ class RowwiseOptimizer(torch.optim.Optimizer):
             self._catch_up_all(param)
             return PendingDecay(rate, (0.0, 0.0), None)
         if rate > 0 and "log_decay" not in state:
-            state["log_decay"] = torch.zeros((), dtype=torch.float64)
+            state["log_decay"] = torch.zeros((), dtype=torch.float64, device="cpu")
             state["row_log_decay"] = torch.zeros(param.shape[0], dtype=torch.float64, device=param.device)
         if "log_decay" not in state:
             return PendingDecay(rate, (0.0, 0.0), None)
@@ -263,10 +267,22 @@ class RowwiseOptimizer(torch.optim.Optimizer):
                     f"not {', '.join(sorted(self.required_state))}"
                 )
             for name, value in state.items():
-                if value.dim() and value.shape[0] != param.shape[0]:
+                if value.dim() and value.shape != (param.shape[:1] if name in PER_ROW else param.shape):
                     raise ValueError(
                         f"{name} of parameter {index} is {tuple(value.shape)}, for a parameter {tuple(param.shape)}"
                     )
+        for group in state_dict["param_groups"]:
+            if missing := sorted(set(self.defaults) - set(group)):
+                raise ValueError(
+                    f"this is not a state of {type(self).__name__}: it names no {', '.join(missing)} for a group"
+                )
+            if group.get("amsgrad"):
+                raise ValueError(f"this state is of an optimizer with amsgrad, which {type(self).__name__} has not")
+            if group.get("decoupled_weight_decay", True) is False and group["weight_decay"]:
+                raise ValueError(
+                    f"this state is of an optimizer that adds weight_decay = {group['weight_decay']} to the gradient; "
+                    f"that of {type(self).__name__} is decoupled: set it to 0 in the state, then choose one anew"
+                )
         return state_dict
 
 

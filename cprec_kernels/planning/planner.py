@@ -6,14 +6,13 @@ import dataclasses
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from cprec_kernels.partition import MAX_CLUSTERS, Partition
+from cprec_kernels.partition import MAX_CLUSTERS, Partition, as_int
 from cprec_kernels.planning import costs
 from cprec_kernels.planning.counts import FloatArray, IntArray, Popularity
 from cprec_kernels.planning.quality import QualityModel
@@ -411,12 +410,7 @@ def plan(
 
 def _whole(name: str, value: Any, least: int) -> int:
     """``value`` as an int of at least ``least``."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got the bool {value}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+    number = as_int(value, name)
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number

@@ -95,3 +95,54 @@ def test_ids_out_of_range_are_refused(counts):
             model.embed(torch.tensor([[bad]]))
         with pytest.raises(IndexError):
             model.out.loss(torch.randn(1, WIDTH), torch.tensor([bad]))
+
+
+def test_candidates_and_ragged_exclusions_are_classes(counts):
+    model = GRULike()
+    cprec_kernels.compress(model, counts, partition=PARTITION)
+    hidden = torch.randn(3, WIDTH)
+    log_prob = model.out(hidden).detach()
+    candidates = torch.tensor([3, 7, 50, 0])  # 0 pads: no item
+    scores, classes = model.out.topk(hidden, 4, candidates=candidates)
+    expected = log_prob[:, candidates[:3]].topk(3)
+    torch.testing.assert_close(scores[:, :3], expected.values)
+    assert torch.equal(classes[:, :3], candidates[expected.indices])
+    assert (classes[:, 3] == -1).all()
+    best = log_prob.topk(6).indices
+    offsets, listed = torch.tensor([0, 2, 2, 3]), torch.cat([best[0, :2], best[2, :1]])
+    _, classes = model.out.topk(hidden, 3, exclude=(offsets, listed))
+    assert torch.equal(classes, torch.stack([best[0, 2:5], best[1, :3], best[2, 1:4]]))
+
+
+def test_errors_speak_of_the_models_ids(counts):
+    model = GRULike()
+    cprec_kernels.compress(model, counts, partition=PARTITION)
+    embed, out, hidden = model.embed[0], model.out, torch.randn(2, WIDTH)
+    outside = f"is outside 0..{ITEMS}"
+    with pytest.raises(IndexError, match=rf"ids\[0, 1\] = {ITEMS + 1} {outside}"):
+        embed(torch.tensor([[1, ITEMS + 1]]))
+    with pytest.raises(TypeError, match=r"ids must be int64, got torch\.float32"):
+        embed(torch.tensor([1.0]))
+    with pytest.raises(ValueError, match="ids is on meta, the module on cpu"):
+        embed(torch.zeros(3, dtype=torch.int64, device="meta"))
+    with pytest.raises(IndexError, match=rf"target\[1\] = {ITEMS + 9} {outside}"):
+        out.loss(hidden, torch.tensor([1, ITEMS + 9]))
+    with pytest.raises(IndexError, match=r"target\[1\] = 0 is a class that no item stands for"):
+        out.rank(hidden, torch.tensor([1, 0]))
+    for name in ("candidates", "exclude"):
+        bad = torch.tensor([1, 999]) if name == "candidates" else torch.tensor([[1, 2], [2, 999]])
+        with pytest.raises(IndexError, match=rf"{name}\[.*1\] = 999 {outside}"):
+            out.topk(hidden, 2, **{name: bad})
+    with pytest.raises(TypeError, match="partition must be a Partition, got dict"):
+        cprec_kernels.compress(GRULike(), counts, partition=PARTITION.to_dict())
+    with pytest.raises(TypeError, match=r"padding_idx must be an integer, got 1\.5"):
+        cprec_kernels.compress(GRULike(), counts, partition=PARTITION, padding_idx=1.5)
+
+
+@pytest.mark.parametrize("frozen", ["embed.0", "out"])
+def test_a_frozen_half_stays_frozen(frozen, counts):
+    model = GRULike()
+    model.get_submodule(frozen).requires_grad_(False)
+    cprec_kernels.compress(model, counts, partition=PARTITION)
+    for name in ("embed.0", "out"):
+        assert {p.requires_grad for p in model.get_submodule(name).parameters()} == {name != frozen}

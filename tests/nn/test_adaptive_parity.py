@@ -144,6 +144,19 @@ def test_what_torchs_module_cannot_hold_is_refused():
         ClusteredSoftmaxWithLoss.from_adaptive(make_torchs((16, 60, list(range(1, 9)), {"div_value": 1.1})))
 
 
+def test_what_is_frozen_stays_frozen_both_ways():
+    module = make_torchs(TORCHS[1])
+    for parameter in (module.head.weight, module.tail[0][1].weight):
+        parameter.requires_grad_(False)
+    ours = ClusteredSoftmaxWithLoss.from_adaptive(module, tail_bias=False)
+    learning = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    assert not {"weights.0", "weights.1"} & learning
+    assert {"projections.0", "weights.2"} <= learning
+    back = ours.to_adaptive(div_value=TORCHS[1][3].get("div_value"))
+    for (name, now), (_, was) in zip(back.named_parameters(), module.named_parameters(), strict=True):
+        assert now.requires_grad == was.requires_grad, name
+
+
 def test_kind_of_the_copy_is_that_of_the_original():
     module = make_torchs(TORCHS[1], torch.bfloat16).eval().requires_grad_(False)
     ours = ClusteredSoftmaxWithLoss.from_adaptive(module, reduction="sum", tail_bias=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cprec_kernels import Partition, optim
+from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss
 from tests.nn.catalogue_modules import IDS, PARTITION, make_embedding, make_head
 
 OPTIMIZERS = {
@@ -129,3 +130,20 @@ def test_names_of_parameters_that_an_optimizer_was_given_go_along():
     assert len(group["param_names"]) == len(group["params"]) == 7
     assert len(set(group["param_names"])) == 7
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_table_that_was_shared_is_not_lost_unnoticed():
+    """Changing one of two modules that share tables parts them: the other one's would learn nowhere."""
+    partition = Partition(100, [10, 40], [16, 8, 4], 16)
+    embedding, head = BlockEmbedding(partition), ClusteredSoftmaxWithLoss(16, partition)
+    for j in (1, 2):
+        head.weights[j] = embedding.embeddings[j]
+    every = {id(p): p for p in [*embedding.parameters(), *head.parameters()]}
+    optimizer = torch.optim.Adam(every.values())
+    embedding.extend(1, optimizer=optimizer)
+    before = [parameter.shape for parameter in head.parameters()]
+    with pytest.raises(ValueError, match=r"a parameter of shape \(60, 4\) is in none of the optimizers"):
+        head.extend(1, optimizer=optimizer)
+    assert [parameter.shape for parameter in head.parameters()] == before
+    with pytest.raises(ValueError, match="pass all optimizers that train this module"):
+        embedding.extend(1, optimizer=torch.optim.Adam(embedding.projections.parameters()))

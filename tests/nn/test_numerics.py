@@ -120,6 +120,22 @@ def make_partition():
     return CASES[0].partition
 
 
+def test_z_loss_does_not_look_at_ignored_tokens():
+    """NaN states, as attention over nothing but padding makes them."""
+    partition = make_partition()
+    hidden, target = make_hidden(partition), make_targets(partition)
+    target[::3] = IGNORE
+    grads = []
+    for value in (0.0, float("nan")):
+        torch.manual_seed(0)
+        head = ClusteredSoftmaxWithLoss(32, partition, z_loss=1e-2)
+        states = torch.where((target == IGNORE)[..., None], value, hidden).requires_grad_()
+        head(states, target).loss.backward()
+        grads.append([states.grad, *(parameter.grad for parameter in head.parameters())])
+    for clean, beside_nan in zip(*grads, strict=True):
+        assert torch.equal(clean, beside_nan)
+
+
 @pytest.mark.parametrize("make", [ClusteredSoftmaxWithLoss, None], ids=["softmax", "tied"])
 def test_z_loss_with_every_kind_of_training(make):
     partition = make_partition()

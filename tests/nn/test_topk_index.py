@@ -189,6 +189,12 @@ def changes():
     def through_data(module):
         module.weights[0].data = module.weights[0].data * 2
 
+    def fused_and_cleared(module):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+        optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+        module(make_hidden(PARTITION, (4,)), torch.arange(4)).loss.backward()
+        optimizer.step()
+
     def there_and_back(module):
         # The second copy may well get the address of the first.
         module.bfloat16()
@@ -205,6 +211,7 @@ def changes():
         "torch.optim.SGD": by(lambda p: torch.optim.SGD(p, lr=0.1)),
         "torch.optim.AdamW": by(lambda p: torch.optim.AdamW(p, lr=0.1)),
         "torch.optim.AdamW, fused": by(lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)),
+        "torch.optim.AdamW, fused, gradients cleared by a hook": fused_and_cleared,
         "RowwiseAdamW": by(lambda p: optim.RowwiseAdamW(p, lr=0.1)),
         "RowwiseAdagrad": by(lambda p: optim.RowwiseAdagrad(p, lr=0.1)),
     }
@@ -227,6 +234,52 @@ def test_an_index_of_changed_parameters_is_stale(change, cpu_backend):
     if change not in ("replaced", "another dtype and back", "in place"):
         assert not torch.equal(first[0], scores)
     assert not module.build_index().is_stale
+
+
+class Masked(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(shape))
+
+    def forward(self, weight):
+        return weight * self.mask
+
+
+def test_an_index_of_a_changed_mask_is_stale(tmp_path):
+    """Weights that a parametrization makes of a parameter and a buffer."""
+    module = softmax()
+    mask = Masked(module.weights[1].shape)
+    nn.utils.parametrize.register_parametrization(module.weights, "1", mask)
+    index = module.build_index()
+    index.save(tmp_path / "masked.idx")
+    TopKIndex.load(tmp_path / "masked.idx", module=module)
+    assert not index.is_stale
+    mask.mask[::2] = 0
+    assert index.is_stale
+    with pytest.raises(ValueError, match=r"masked\.idx"):
+        TopKIndex.load(tmp_path / "masked.idx", module=module)
+
+
+@pytest.mark.parametrize("default", ["dtype", "device"])
+def test_an_index_does_not_depend_on_torchs_defaults(default, tmp_path):
+    module, hidden = softmax(Partition(3_000, [100, 400], [16, 8, 4], 16)), torch.randn(3, 16)
+    single = softmax(Partition.single(50, 16))
+    expected = module.topk(hidden, 5)
+    single.build_index().save(tmp_path / "single.idx")
+    try:
+        if default == "dtype":
+            torch.set_default_dtype(torch.float64)
+        else:
+            torch.set_default_device("meta")
+        TopKIndex.load(tmp_path / "single.idx")
+        for storage in STORAGES:
+            index = module.build_index(storage)
+            index.save(tmp_path / "one.idx")
+            found = TopKIndex.load(tmp_path / "one.idx").topk(hidden, 5)
+            assert torch.equal(found.items, expected[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("kind", [optim.RowwiseAdamW, optim.RowwiseAdagrad])

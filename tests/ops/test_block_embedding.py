@@ -341,3 +341,26 @@ def test_gradients_are_added_in_place(case, cpu_backend, poison):
 
     for ours, expected in zip(twice(True), twice(False), strict=True):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_in_place_are_left_alone_when_others_are_asked_for(cpu_backend):
+    """backward(inputs=...) and autograd.grad, as adversarial training uses them."""
+    partition = Partition(40, [10, 20], [8, 4, 2], 8)
+    tables, projections = make_embedding(partition)
+    leaves = [tensor.requires_grad_() for tensor in (*tables, *projections)]
+    accumulate_in_place(leaves)
+    ids = torch.arange(40)
+
+    def loss():
+        return functional.block_embedding(ids, tables, projections).square().sum()
+
+    loss().backward()
+    before = [leaf.grad.clone() for leaf in leaves]
+    loss().backward(inputs=[projections[0]])
+    for leaf, grad in zip(leaves, before, strict=True):
+        assert torch.equal(leaf.grad, grad * 2 if leaf is projections[0] else grad)
+    for leaf, grad in zip(leaves, torch.autograd.grad(loss(), leaves), strict=True):
+        torch.testing.assert_close(grad, leaf.grad / (2 if leaf is projections[0] else 1))
+    loss().backward(inputs=leaves)
+    for leaf, grad in zip(leaves, before, strict=True):
+        torch.testing.assert_close(leaf.grad, grad * (3 if leaf is projections[0] else 2))

@@ -292,6 +292,38 @@ def test_a_state_of_something_else_is_refused(kind):
     assert str(optimizer.state_dict()) == str(before)
 
 
+@BOTH
+def test_a_state_that_would_fail_later_is_refused(kind):
+    """Of other columns; of an optimizer without our numbers, or with others, before its first step too."""
+    optimizer = kind([torch.ones(5, 3).requires_grad_()], weight_decay=0.1)
+    before = copy.deepcopy(optimizer.state_dict())
+    wider = kind([torch.ones(5, 4).requires_grad_()], weight_decay=0.1)
+    train(wider, wider.param_groups[0]["params"], [])
+    wider.param_groups[0]["params"][0].grad = torch.ones(5, 4)
+    wider.step()
+    if kind is RowwiseAdamW:
+        with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is \(5, 4\), for a parameter \(5, 3\)"):
+            optimizer.load_state_dict(wider.state_dict())
+    else:
+        theirs = torch.optim.Adagrad([torch.ones(5, 3).requires_grad_()])
+        with pytest.raises(ValueError, match=r"sum of parameter 0 is \(5, 3\), for a parameter \(5, 3\)"):
+            optimizer.load_state_dict(theirs.state_dict())
+    sgd = torch.optim.SGD([torch.ones(5, 3).requires_grad_()])
+    with pytest.raises(ValueError, match=r"names no .*eps"):
+        optimizer.load_state_dict(sgd.state_dict())
+    if kind is RowwiseAdamW:
+        for options, message in (
+            ({"amsgrad": True}, "with amsgrad"),
+            ({"weight_decay": 0.5}, r"adds weight_decay = 0\.5 to the gradient"),
+        ):
+            adam = torch.optim.Adam([torch.ones(5, 3).requires_grad_()], **options)
+            with pytest.raises(ValueError, match=message):
+                optimizer.load_state_dict(adam.state_dict())
+        optimizer.load_state_dict(torch.optim.Adam([torch.ones(5, 3).requires_grad_()]).state_dict())
+        return
+    assert str(optimizer.state_dict()) == str(before)
+
+
 # Groups and schedules
 
 
