@@ -13,16 +13,16 @@ def main() -> None:
     """Run the command line; exits with 0, 1 for a reported failure, 2 for wrong usage, 130 or 143 when stopped."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         sys.exit(f"cprec: the command line needs {', '.join(missing)}; install with `pip install 'cprec-kernels[app]'`")
-    from cprec.cli import app
-
     try:
+        from cprec.cli import app
+
         app()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away: `cprec recommend ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, IndexError, RuntimeError) as error:
+    except (ValueError, OSError, IndexError, RuntimeError, MemoryError, OverflowError) as error:
         if os.environ.get("CPREC_TRACEBACK"):
             raise
         sys.exit(f"cprec: {error or type(error).__name__}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -172,7 +174,7 @@ def prepare(
         else:
             data = prepare_dataset(str(dataset), out, cache=cache, progress=progress, **options)
     typer.echo(str(summarise(data)))
-    typer.echo(f"\nnext: cprec train {out} --out RUN")
+    typer.echo(f"\nnext: cprec train {shlex.quote(str(out))} --out RUN")
 
 
 @app.command()
@@ -318,7 +320,8 @@ def train(
         f"weights, metrics.json and curve.png are in {out}"
     )
     print_rich(result.test.table())
-    typer.echo(f"next: cprec recommend {out} HISTORIES --out top.csv, or cprec export {out} --out MODEL")
+    run = shlex.quote(str(out))
+    typer.echo(f"next: cprec recommend {run} HISTORIES --out top.csv, or cprec export {run} --out MODEL")
 
 
 @app.command()
@@ -387,11 +390,14 @@ def recommend(
     allowed = None if candidates is None else _read_lines(candidates, "--candidates")
     config = RunConfig.read(run)
     model = checkpoint.load(run)
-    results = recommend_items(
-        model, config.open_data(data).catalogue, read_histories(histories, format=history_format), k,  # type: ignore[arg-type]
-        length=config.training.length, exclude_seen=not include_seen, candidates=allowed, batch_size=batch_size,
-        device=device, progress=not quiet, warn_unknown=False,
-    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        results = recommend_items(
+            model, config.open_data(data).catalogue, read_histories(histories, format=history_format), k,  # type: ignore[arg-type]
+            length=config.training.length, exclude_seen=not include_seen, candidates=allowed, batch_size=batch_size,
+            device=device, progress=not quiet, warn_unknown=False,
+        )  # fmt: skip
+    for warning in caught:  # of candidates that are not known
+        typer.echo(str(warning.message), err=True)
     rows = write_recommendations(results.chunks(), out, format=output_format)
     typer.echo(f"{rows:,} recommendations for {results.users:,} users", err=True)
     if results.fallbacks:

@@ -203,7 +203,8 @@ def make_model_config(
         model = NextItNetConfig.from_plan(num_items, dim, **options)
         return plan_model(model, counts, compression).config
     if twin:
-        if conflicts := [option for option, value in of_softmax.items() if value is not None]:
+        given = {"--cutoffs": cutoffs, "--ranks": ranks, **of_softmax}
+        if conflicts := [option for option, value in given.items() if value is not None]:
             raise ValueError(f"--twin has one cluster in both tables: leave out {' and '.join(conflicts)}")
         cutoffs, ranks, options["tie_tails"] = "none", None, False
     cutoffs = DEFAULT_CUTOFFS if cutoffs is None else cutoffs
@@ -258,7 +259,11 @@ def print_rich(*renderables: RenderableType) -> None:
 
 def check_json(target: Path | None) -> None:
     """Refuse a place that cannot be written before the work is done, not after."""
-    if target is not None and str(target) != "-" and not target.parent.is_dir():
+    if target is None or str(target) == "-":
+        return
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a directory: name a file to write")
+    if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent}: no such directory to write {target.name} in")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -96,5 +97,7 @@ def plan(
         print_rich(frontier_table(plans))
         apart = "" if tie_tails else " --no-tie-tails"
         best = min(plans, key=lambda found: found.tables.score)
-        typer.echo(f"{best.tables.advice}\nnext: cprec train {data} --out RUN --compression {best.asked:g}{apart}")
+        typer.echo(
+            f"{best.tables.advice}\nnext: cprec train {shlex.quote(str(data))} --out RUN --compression {best.asked:g}{apart}"
+        )
     write_json_file(json_file, {"data": prepared.name, "plans": [found.to_dict() for found in plans]})

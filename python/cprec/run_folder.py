@@ -81,7 +81,10 @@ class RunConfig:
         try:
             data = sections["data"]
             training = TrainingConfig.from_dict(sections["training"])
-            return cls(model, training, data["folder"], data["name"], data["fingerprint"])
+            values = data["folder"], data["name"], data["fingerprint"]
+            if not all(isinstance(value, str) for value in values):
+                raise TypeError(f"its section data holds {', '.join(map(repr, values))}: names are expected")
+            return cls(model, training, *values)
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}: it is not that of a training run, or was changed") from None
         except (TypeError, ValueError) as error:

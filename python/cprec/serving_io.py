@@ -215,7 +215,10 @@ def _write_parquet(chunks: Iterable[Chunk], stream: IO[bytes]) -> int:
     schema: dict[str, Any] = dict(zip(COLUMNS, (pl.String, pl.Int32, pl.String, pl.Float32, pl.Boolean), strict=True))
     frames = [pl.DataFrame(chunk.columns(), schema=schema) for chunk in chunks]
     table = pl.concat(frames) if frames else pl.DataFrame(schema=schema)
-    table.write_parquet(stream)
+    # Polars reports what happens to the stream as an error of its own.
+    buffer = io.BytesIO()
+    table.write_parquet(buffer)
+    stream.write(buffer.getbuffer())
     return len(table)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -103,6 +105,8 @@ class TrainingConfig:
         for name, known in (("precision", PRECISIONS), ("init", INITIALISATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not isinstance(self.strategy, str):
+            raise ValueError(f"strategy must be a name, got {self.strategy!r}")
         if self.strategy.startswith(SHARDED_STRATEGIES):
             raise ValueError(
                 f"strategy {self.strategy!r} splits the parameters over devices, which ranking needs whole: use ddp"
@@ -200,16 +204,23 @@ class RunResult:
 
     @classmethod
     def read(cls, folder: Path | str) -> RunResult:
-        """From the metrics.json of a finished run. Raises FileNotFoundError when the run is not finished."""
-        values = read_json(Path(folder) / "metrics.json", "a finished run")
-        return cls(
-            Path(folder),
-            tuple(EpochRecord.from_dict(record) for record in values["history"]),
-            values["best_epoch"],
-            values["parameters"],
-            EvaluationReport.from_dict(values["validation"]),
-            EvaluationReport.from_dict(values["test"]),
-        )
+        """From the metrics.json of a finished run. Raises FileNotFoundError when there is none, ValueError for another."""
+        path = Path(folder) / "metrics.json"
+        values = read_json(path, "a finished run")
+        try:
+            return cls(
+                Path(folder),
+                tuple(EpochRecord.from_dict(record) for record in values["history"]),
+                values["best_epoch"],
+                values["parameters"],
+                EvaluationReport.from_dict(values["validation"]),
+                EvaluationReport.from_dict(values["test"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not that of a finished run, or was changed ({type(error).__name__}: {error}); delete it and "
+                "go on with --resume to have it written anew"
+            ) from None
 
 
 def train(
@@ -352,16 +363,31 @@ def _stopped_by_signals(folder: RunFolder, trainer: Any) -> Iterator[None]:
     """Tell people and callers that a signal stopped the loop: Lightning exits with 0 on SIGTERM and with 1 on SIGINT."""
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    report = sys.unraisablehook
+
+    def again(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            # Ctrl-C while workers were joined in a destructor, where Python drops it: once more, outside of it.
+            threading.Timer(0.1, _thread.interrupt_main).start()
+        else:
+            report(unraisable)
+
+    sys.unraisablehook = again
     try:
         yield
-    except SystemExit as stop:
+    except (SystemExit, RuntimeError) as stop:  # torch's writer turns a Ctrl-C into the latter
         terminated = isinstance(stop, SIGTERMException)
-        if not terminated and not isinstance(stop.__context__, KeyboardInterrupt):
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__context__
+        if not terminated and cause is None:
             raise
         if trainer.is_global_zero:
             saved = folder.state.is_file()
             print("stopped; go on with --resume" if saved else "stopped before a state was saved", file=sys.stderr)
         raise SystemExit(143) if terminated else KeyboardInterrupt from None
+    finally:
+        sys.unraisablehook = report
 
 
 def _finish(

@@ -154,6 +154,17 @@ def test_recommend_chooses_among_candidates(run, trained, interactions, tmp_path
     assert {line.split(",")[2] for line in out.splitlines()[1:]} == set(items[1:])
 
 
+def test_recommend_says_which_candidates_are_unknown(run, trained, interactions, tmp_path):
+    history = interactions.read_text(encoding="utf-8").split("\n", 1)[0]
+    (tmp_path / "candidates.txt").write_text(f"{history.split()[0]}\nnobody\n")
+    (tmp_path / "histories.txt").write_text(f"{history}\n")
+    _, err = run(
+        "recommend", trained / "run", tmp_path / "histories.txt", "--candidates", tmp_path / "candidates.txt", "-q"
+    )
+    assert "ignored 1 item in the candidates that the catalogue does not know, such as 'nobody'" in err.splitlines()
+    assert "Warning" not in err
+
+
 def test_export_loads_with_torch_alone(run, trained, interactions, tmp_path):
     run("export", trained / "run", "-o", tmp_path / "model")
     history = interactions.read_text(encoding="utf-8").split("\n", 1)[0].split()
@@ -211,6 +222,10 @@ def test_train_resumes_and_refuses_to_overwrite(run, trained, tmp_path):
         (["evaluate", "{run}", "--batch-size", "0"], 1, "batch_size"),
         (["evaluate", "{run}", "--device", "warp"], 1, "--device warp cannot be used here"),
         (["train", "{data}", "-o", "{new}", "--devices", "²"], 1, "²"),
+        (["evaluate", "{run}", "--json", "{run}"], 1, "{run} is a directory: name a file to write"),
+        (["info", "{data}", "--twin", "--cutoffs", "5", "--ranks", "8,4"], 1, "leave out --cutoffs and --ranks"),
+        (["train", "{data}", "-o", "{new}", "--length", "9" * 13], 1, "Unable to allocate"),
+        (["train", "{data}", "-o", "{new}", "--length", "9" * 30], 1, "too large"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_sentence_and_writes_nothing(run, trained, interactions, tmp_path, arguments, code, message):

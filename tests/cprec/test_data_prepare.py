@@ -276,7 +276,7 @@ def test_foreign_folders_are_refused(folder, tmp_path):
         PreparedData.open(folder)
 
 
-def test_overwrite_replaces_prepared_folders_only(folder, tmp_path):
+def test_overwrite_replaces_prepared_folders_only(folder, tmp_path, monkeypatch):
     path = tmp_path / "log.txt"
     before = PreparedData.open(folder).fingerprint
     with pytest.raises(DataError, match="exists already; pass overwrite=True"):
@@ -296,6 +296,10 @@ def test_overwrite_replaces_prepared_folders_only(folder, tmp_path):
     (precious / "thesis.tex").write_text("years")
     with pytest.raises(DataError, match="not a folder written by prepare"):
         prepare(path, precious, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.chdir(other)
+        with pytest.raises(DataError, match="is the current folder, which cannot be replaced"):
+            prepare(path, ".", overwrite=True)
     with pytest.raises(DataError, match="is not a folder"):
         prepare(path, path, overwrite=True)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["log.txt", "other", "out", "precious"]

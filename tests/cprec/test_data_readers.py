@@ -207,12 +207,26 @@ def test_ids_option(tmp_path):
         (b"\x1f\x8b\x08rest", "compressed; unpack it first \\(gunzip\\)"),
         ("shopper,thing,when\nann,apple,2020-01-01\n", "looks like the user; the columns are: shopper, thing, when"),
         ("user,item,item\n1,2,3\n", "the column 'item' is there twice"),
+        ("user,item,timestamp\ru1,a,1\ru1,b,2\r", "ends its lines with carriage returns alone"),
+        ('user,item,title\n1,2,"a" b\n3,4,c\n', ":2: has a quote within a field"),
+        ("user,item,title\n1,2,c\n" + '3,4,5" disc\n5,6,d\n' * 40, ":3: has a quote within a field"),
     ],
 )
 def test_unusable_files(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         prepare(write(tmp_path, text), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_line_breaks_within_every_line(tmp_path):
+    """Quoted ones in all rows, so that no line of the sample is a row; a bare carriage return in one."""
+    rows = [f'{i // 4},i{i % 3},"good\nvery good",{i}\n' for i in range(40)]
+    data = prepare(write(tmp_path, "user,item,review,timestamp\n" + "".join(rows)), tmp_path / "out")
+    assert (data.num_users, data.num_items) == (10, 3)
+    rows = [f"{i // 4},i{i % 3},good,{i}\n" for i in range(40)]
+    rows[7] = rows[7].replace("good", "good\rvery good")
+    again = prepare(write(tmp_path, "user,item,review,timestamp\n" + "".join(rows)), tmp_path / "two")
+    assert again.num_items == 3
 
 
 def test_missing_column_lists_those_there_are(tmp_path):

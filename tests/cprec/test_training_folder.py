@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from cprec import checkpoint
 from cprec.data import prepare
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.run_folder import RunConfig, RunFolder
-from cprec.training import NonFiniteLossError, TrainingConfig, TrainingStateError, train
+from cprec.training import NonFiniteLossError, RunResult, TrainingConfig, TrainingStateError, train
 
 CONFIG = TrainingConfig(length=6, batch_size=32, epochs=1, checkpoint_every=2, accelerator="cpu")
 LEFTOVERS = (".config.json.ab12cd_9", ".curve.png.00000000", "last/.state.ckpt.abcdefgh")
@@ -275,6 +276,48 @@ def test_a_run_stopped_by_a_signal_says_so_and_goes_on(data, model, tmp_path, nu
     if call == 3:
         train(data, model, config, tmp_path / "run", resume=True, progress=False)
         assert all(parameter.isfinite().all() for parameter in checkpoint.load(tmp_path / "run").parameters())
+
+
+def test_a_stop_that_a_destructor_drops_is_raised_again(tmp_path):
+    """Workers are joined in one; and one that torch's writer turns into a RuntimeError is a stop all the same."""
+    from types import SimpleNamespace
+
+    from cprec.training import _stopped_by_signals
+
+    class Joins:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def dropped():
+        Joins()
+        time.sleep(10)
+
+    def turned():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    folder = SimpleNamespace(state=tmp_path / "state.ckpt")
+    trainer = SimpleNamespace(is_global_zero=True)
+    before = sys.unraisablehook
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
+    try:
+        for stop in (dropped, turned):
+            with pytest.raises(KeyboardInterrupt), _stopped_by_signals(folder, trainer):
+                stop()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(RuntimeError, match="of its own"), _stopped_by_signals(folder, trainer):
+        raise RuntimeError("of its own")
+    assert sys.unraisablehook is before
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"history": [{"epoch": 0}]}'])
+def test_metrics_that_are_damaged_are_named(tmp_path, text):
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.json is not that of a finished run"):
+        RunResult.read(tmp_path)
 
 
 def test_the_defaults_are_those_of_the_command():

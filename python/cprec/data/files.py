@@ -43,12 +43,14 @@ def check_target(out: Path, overwrite: bool) -> None:
     """Refuse a target folder that must not be replaced.
 
     Raises:
-        DataError: ``out`` exists and ``overwrite`` is False; or it is not a prepared folder, or holds files that
+        DataError: ``out`` is the current folder; it exists and ``overwrite`` is False; or it is not a prepared folder, or holds files that
             ``prepare`` did not write, and so would not be deleted even with ``overwrite``.
     """
     if not os.path.lexists(out):
         return
-    if out.is_symlink() or not out.is_dir():
+    if out.resolve() == Path.cwd():
+        raise DataError("is the current folder, which cannot be replaced whole: name one in it, such as data", out)
+    if not out.is_dir():
         raise DataError("exists and is not a folder; choose another output folder", out)
     names = sorted(entry.name for entry in out.iterdir())
     if not names:
@@ -68,6 +70,7 @@ def check_target(out: Path, overwrite: bool) -> None:
 @contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary sibling of ``out`` that takes its name when the block ends well and is deleted when it does not."""
+    out = out.resolve()  # a link stays one, to the folder that is written
     check_target(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = _sibling(out)

@@ -124,7 +124,15 @@ def make_layout(
 
 def split_header(line: str, separator: str) -> list[str]:
     """Column names on a header line, quotes removed."""
-    return [name.strip(BLANK) for name in next(csv.reader([line], delimiter=separator))]
+    return [name.strip(BLANK) for name in _fields(line, separator)]
+
+
+def _fields(line: str, separator: str) -> list[str]:
+    """Fields of a line, quotes removed; none where a carriage return stands in it, which ends a line for csv."""
+    try:
+        return next(csv.reader([line], delimiter=separator), [])
+    except csv.Error:
+        return []
 
 
 def resolve_columns(
@@ -234,7 +242,7 @@ def _header_separator(lines: list[str], user_column: str | None, item_column: st
         plain = {_plain(name) for name in names}
         if plain & {*_USER_NAMES, *_SESSION_NAMES} and plain & {*_ITEM_NAMES, *_THING_NAMES}:
             return separator
-        body = [row for row in csv.reader(lines[1:], delimiter=separator) if len(row) == len(names)]
+        body = [row for line in lines[1:] if len(row := _fields(line, separator)) == len(names)]
         unnamed = len(set(names)) < len(names) or any(not name or _is_number(name) or _is_date(name) for name in names)
         if unnamed or len(body) * 2 <= len(lines) - 1:
             continue
@@ -302,7 +310,7 @@ def _with_types(path: Path, sample: Sample, layout: Layout, ids: str) -> Layout:
 def _split_all(lines: list[str], layout: Layout) -> list[list[str]]:
     """Fields of every line; an empty list for a line with the wrong number of them."""
     if layout.format in ("csv", "tsv"):
-        rows = [next(csv.reader([line], delimiter=layout.separator), []) for line in lines]
+        rows = [_fields(line, layout.separator) for line in lines]
     else:
         blank = layout.separator == " " and layout.format in ("pairs", "sequences")
         rows = [line.split(None if blank else layout.separator) for line in lines]
@@ -317,7 +325,11 @@ def _mostly_integers(values: list[str]) -> bool:
 
 def _time_format(path: Path, times: list[tuple[int, str]]) -> str:
     good = [float(value) for _, value in times if _is_number(value)]
-    series = pl.Series([value for _, value in times]).str.replace("T", " ", literal=True).str.strip_suffix("Z")
+    series = (
+        pl.Series([value for _, value in times], dtype=pl.String)
+        .str.replace("T", " ", literal=True)
+        .str.strip_suffix("Z")
+    )
     for pattern in _DATE_FORMATS:
         if series.str.to_datetime(pattern, strict=False).null_count() * 2 < len(series):
             return pattern

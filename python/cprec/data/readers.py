@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,7 +144,21 @@ class Interactions:
                     return not_utf8(self.path, line, raw)
                 if _SEPARATOR_NEVER_SEEN.encode() in raw:
                     return DataError("holds the control character 0x1f", self.path, line)
+        if self.format in ("csv", "tsv") and (stray := self._stray_quote()):
+            return DataError(
+                "has a quote within a field: a field with quotes in it is quoted whole, and they are doubled, as in "
+                f'"5"" disc" (cannot be read as {self.format})',
+                self.path,
+                stray,
+            )
         return DataError(f"cannot be read as {self.format}: {_first_line(error)}", self.path)
+
+    def _stray_quote(self) -> int | None:
+        """The first line with a quote inside a field, or with text after the quote that closes one."""
+        separator = re.escape(self.layout.separator)
+        stray = re.compile(rf'(?:^|{separator})(?:"(?:[^"]|"")*"(?!"|{separator}|$)|[^"{separator}]+")')
+        with self.path.open(encoding="utf-8-sig", newline="") as file:
+            return next((line for line, text in enumerate(file, 1) if stray.search(text.rstrip("\r\n"))), None)
 
 
 def scan_interactions(

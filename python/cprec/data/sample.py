@@ -56,6 +56,8 @@ def read_sample(path: Path) -> Sample:
     if b"\0" in head or b"\0" in tail:
         where = head.count(b"\n", 0, head.index(b"\0")) + 1 if b"\0" in head else None
         raise DataError("holds NUL bytes: a binary file, or a text file that was cut off or damaged", path, where)
+    if b"\r" in head and b"\n" not in head:
+        raise DataError("ends its lines with carriage returns alone: convert it, as `tr '\\r' '\\n'` does", path)
     if size > len(head) and b"\n" in head:
         head = head[: head.rindex(b"\n")]
     numbered = []
