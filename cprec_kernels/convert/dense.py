@@ -92,7 +92,7 @@ def compress(
       ``inputs`` they are fitted to it by least squares, and classifier rows count by the logits they make.
 
     Args:
-        model: holds the modules; nothing is changed unless all goes well.
+        model: holds the modules; nothing is changed unless all goes well. What takes the place of a frozen one is frozen.
         counts: (V,) how often each id of the table occurs in the training data, in the model's own ids.
         compression: how many times fewer parameters items should have, at least 1. Give this or ``partition``.
         partition: clusters of the items by falling frequency, padding left out.
@@ -107,7 +107,7 @@ def compress(
         What was done, with the parameters saved and the error of every block.
 
     Raises:
-        TypeError: a named module of another kind, counts that are no numbers.
+        TypeError: a named module of another kind, counts that are no numbers, a partition that is no Partition.
         ValueError: nothing or too much to replace; counts, partitions or inputs that do not fit; weights that are not finite.
     """
     if (compression is None) == (partition is None):

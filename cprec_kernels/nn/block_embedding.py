@@ -38,8 +38,7 @@ class BlockEmbedding(ChangingCatalogue, Pretrained, nn.Module):
         projections: P_j (d_j, d) for the clusters with d_j < d, in order.
 
     Raises:
-        TypeError: ``partition`` is not a Partition.
-        TypeError: ``padding_idx`` is no integer.
+        TypeError: ``partition`` is not a Partition, or ``padding_idx`` no integer.
         ValueError: ``padding_idx`` out of range.
 
     Example:

@@ -147,9 +147,8 @@ def check_state(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Paramet
     if optimizers and strangers:
         raise ValueError(
             f"a parameter of shape {tuple(strangers[0].shape)} is in none of the optimizers, so what takes its place would "
-            "not learn: pass all optimizers that train this module. A table that another module shared, and that was "
-            "replaced when that one changed, can no longer be followed: change modules that share tables without sharing, "
-            "or build them anew"
+            "not learn: pass all optimizers that train this module. If another module shared it, and was changed before, "
+            "it has another one now: modules that share tables cannot be changed one after the other; build both anew"
         )
     known = FIRST_MOMENTS | SECOND_MOMENTS | PENDING
     for optimizer in optimizers:
@@ -258,7 +257,8 @@ class ChangingCatalogue:
         Raises:
             RuntimeError: the module is a part of one that has the items too.
             TypeError: new_items not an int, something that is no optimizer.
-            ValueError: new_items negative, a padding id that is not the last, an optimizer whose state is not known.
+            ValueError: new_items negative, a padding id that is not the last, an optimizer whose state is not known,
+                a parameter that learns in none of the optimizers.
         """
         self._check_owner()
         partition = self._items()
@@ -279,7 +279,8 @@ class ChangingCatalogue:
             IndexError: an item out of range.
             RuntimeError: the module is a part of one that has the items too.
             TypeError: items not integers, something that is no optimizer.
-            ValueError: cluster 0 would be empty, a padding id that is not the last, an optimizer whose state is not known.
+            ValueError: cluster 0 would be empty, a padding id that is not the last, an optimizer whose state is not known,
+                a parameter that learns in none of the optimizers.
         """
         self._check_owner()
         partition = self._items()

@@ -129,9 +129,8 @@ class RowwiseOptimizer(torch.optim.Optimizer):
         group, param = gradient.group, gradient.param
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros(
-                (), dtype=torch.float32, device="cpu"
-            )  # on the host: no step waits for a device
+            # On the host: no step waits for a device.
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state.update(self._new_state(group, param))
         step = int(state["step"]) + 1
         lr = self._learning_rate(group, step)
@@ -238,8 +237,8 @@ class RowwiseOptimizer(torch.optim.Optimizer):
         """As in torch; state keeps its own dtype (fp32 beside a 16-bit parameter, fp64 for pending decay).
 
         Raises:
-            ValueError: the state is not that of this kind of optimizer, or of parameters of other shapes. The optimizer
-                is unchanged then.
+            ValueError: the state is not that of this kind of optimizer, of one with amsgrad or weight decay that is not
+                decoupled, or of parameters of other shapes. The optimizer is unchanged then.
         """
         final: list[dict[str, Any]] = []
         # The last of the hooks sees what the others have made of the state.

@@ -43,8 +43,8 @@ def check_target(out: Path, overwrite: bool) -> None:
     """Refuse a target folder that must not be replaced.
 
     Raises:
-        DataError: ``out`` is the current folder; it exists and ``overwrite`` is False; or it is not a prepared folder, or holds files that
-            ``prepare`` did not write, and so would not be deleted even with ``overwrite``.
+        DataError: ``out`` is the current folder; it exists and ``overwrite`` is False; or it is not a prepared folder,
+            or holds files that ``prepare`` did not write, and so would not be deleted even with ``overwrite``.
     """
     if not os.path.lexists(out):
         return

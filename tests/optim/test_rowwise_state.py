@@ -1,0 +1,129 @@
+"""The state of row-wise optimizers: saved, loaded, copied, and refused where it is another's."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+from cprec_kernels.optim import RowwiseAdagrad, RowwiseAdamW
+from tests.optim.steps import BOTH, make_params, train
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loaded_state_goes_on_bit_for_bit(kind, dtype, cpu_backend):
+    def make(params):
+        optimizer = kind(params, lr=0.1, weight_decay=0.1)
+        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    def run(optimizer, scheduler, params, steps):
+        for step in steps:
+            train(optimizer, params, [step])
+            scheduler.step()
+
+    whole = make_params(dtype)
+    optimizer, scheduler = make(whole)
+    run(optimizer, scheduler, whole, range(5))
+    stream = io.BytesIO()
+    torch.save([[p.detach() for p in whole], optimizer.state_dict(), scheduler.state_dict()], stream)
+    stream.seek(0)
+    weights, state, schedule = torch.load(stream, weights_only=True)
+    half = [p.requires_grad_() for p in weights]
+    resumed, its_scheduler = make(half)
+    resumed.load_state_dict(state)
+    its_scheduler.load_state_dict(schedule)
+    for p, q in zip(whole, half, strict=True):
+        assert optimizer.state[p].keys() == resumed.state[q].keys()
+        for name, value in optimizer.state[p].items():
+            assert value.dtype == resumed.state[q][name].dtype
+    assert float(optimizer.state[whole[0]]["log_decay"]) < 0  # there is something pending
+    run(optimizer, scheduler, whole, range(5, 10))
+    run(resumed, its_scheduler, half, range(5, 10))
+    optimizer.apply_pending_decay()
+    resumed.apply_pending_decay()
+    for p, q in zip(whole, half, strict=True):
+        assert torch.equal(p, q)
+
+
+@BOTH
+def test_loading_does_not_share_tensors_with_the_saved_state(kind):
+    params = make_params()
+    optimizer = kind(params, weight_decay=0.1)
+    train(optimizer, params, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    optimizer.load_state_dict(saved)
+    train(optimizer, params, range(2, 4))
+    for index, state in saved["state"].items():
+        assert all(torch.equal(value, kept["state"][index][name]) for name, value in state.items())
+
+
+@BOTH
+def test_deep_copies_are_independent_and_equal(kind):
+    params = make_params()
+    optimizer = kind(params, lr=0.1, weight_decay=0.1)
+    train(optimizer, params, range(3))
+    others, other = copy.deepcopy((params, optimizer))
+    before = [p.detach().clone() for p in params]
+    train(other, others, range(3, 6))
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    train(optimizer, params, range(3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+@BOTH
+def test_a_state_of_something_else_is_refused(kind):
+    params = make_params()
+    optimizer = kind(params, weight_decay=0.1)
+    train(optimizer, params, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    sgd = torch.optim.SGD(params, momentum=0.9)
+    train(sgd, params[1::2], [])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    sgd.step()
+    with pytest.raises(ValueError, match=f"not a state of {kind.__name__}: it has momentum_buffer"):
+        optimizer.load_state_dict(sgd.state_dict())
+    with pytest.raises(ValueError, match=rf"not a state of {kind.__name__}: it has dense, sparse"):
+        optimizer.load_state_dict({"dense": {}, "sparse": {}})
+    taller = copy.deepcopy(before)
+    name = "sum" if kind is RowwiseAdagrad else "exp_avg"
+    taller["state"][0][name] = torch.zeros(31, 5)
+    with pytest.raises(ValueError, match=rf"{name} of parameter 0 is \(31, 5\), for a parameter \(30, 5\)"):
+        optimizer.load_state_dict(taller)
+    assert str(optimizer.state_dict()) == str(before)
+
+
+@BOTH
+def test_a_state_that_would_fail_later_is_refused(kind):
+    """Of other columns; of an optimizer without our numbers, or with others, before its first step too."""
+    optimizer = kind([torch.ones(5, 3).requires_grad_()], weight_decay=0.1)
+    before = copy.deepcopy(optimizer.state_dict())
+    wider = kind([torch.ones(5, 4).requires_grad_()], weight_decay=0.1)
+    train(wider, wider.param_groups[0]["params"], [])
+    wider.param_groups[0]["params"][0].grad = torch.ones(5, 4)
+    wider.step()
+    if kind is RowwiseAdamW:
+        with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is \(5, 4\), for a parameter \(5, 3\)"):
+            optimizer.load_state_dict(wider.state_dict())
+    else:
+        theirs = torch.optim.Adagrad([torch.ones(5, 3).requires_grad_()])
+        with pytest.raises(ValueError, match=r"sum of parameter 0 is \(5, 3\), for a parameter \(5, 3\)"):
+            optimizer.load_state_dict(theirs.state_dict())
+    sgd = torch.optim.SGD([torch.ones(5, 3).requires_grad_()])
+    with pytest.raises(ValueError, match=r"names no .*eps"):
+        optimizer.load_state_dict(sgd.state_dict())
+    if kind is RowwiseAdamW:
+        for options, message in (
+            ({"amsgrad": True}, "with amsgrad"),
+            ({"weight_decay": 0.5}, r"adds weight_decay = 0\.5 to the gradient"),
+        ):
+            adam = torch.optim.Adam([torch.ones(5, 3).requires_grad_()], **options)
+            with pytest.raises(ValueError, match=message):
+                optimizer.load_state_dict(adam.state_dict())
+        optimizer.load_state_dict(torch.optim.Adam([torch.ones(5, 3).requires_grad_()]).state_dict())
+        return
+    assert str(optimizer.state_dict()) == str(before)
