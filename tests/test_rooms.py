@@ -82,7 +82,10 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
         {"conftest", "interpreter", "softmax_checks", "test_clustered_rank", "test_clustered_softmax_host"}
         | {"test_ids", "test_tuning", "test_warmup"},
     ),
-    ("tests/optim", ".py"): ({"test_rowwise_adagrad", "test_rowwise_adamw"}, {"steps", "test_pending_decay", "test_rowwise_state"}),
+    ("tests/optim", ".py"): (
+        {"test_rowwise_adagrad", "test_rowwise_adamw"},
+        {"steps", "test_pending_decay", "test_rowwise_state"},
+    ),
     ("benchmarks/ops", ".py"): (
         {f"bench_{stem}" for stem in STEMS - {"row_optimizer", "topk_index"}},  # the index is in bench_clustered_topk
         {"__init__", "bench_train_step", "bench_clustered_rank", "pqtopk"},
