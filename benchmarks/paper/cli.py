@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks.paper --preset quick|core|full --table 1..6 --data FOLDER --out DIR``."""
+"""The command line: ``python -m benchmarks.paper --preset quick|core|full --table 1..7 --data FOLDER --out DIR``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.paper.page import write_page
 from benchmarks.paper.presets import PRESETS, Preset
 from benchmarks.paper.store import Store
 from benchmarks.paper.table import TITLES
-from benchmarks.paper.tables import ACCELERATORS, GENERATED, WIDE, run_table
+from benchmarks.paper.tables import ACCELERATORS, FACTORS, GENERATED, WIDE, run_table
 
 app = typer.Typer(
     name="benchmarks.paper", add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
@@ -22,20 +22,27 @@ app = typer.Typer(
 
 
 def _tables(text: str, preset: Preset) -> list[int]:
+    left_out = {number for number in (WIDE, FACTORS) if not _lengths(preset, number)}
     if text == "all":
-        return [number for number in TITLES if number != WIDE or preset.wide_lengths]
+        return [number for number in TITLES if number not in left_out]
     words = [word.strip() for word in text.split(",") if word.strip()]
     for word in words:
         if word not in {str(number) for number in TITLES}:
             raise unknown("table", word, [*map(str, TITLES), "all"])
     if not words:
         raise BenchmarkError("--table is empty: give numbers such as 1,3, or all")
-    if str(WIDE) in words and not preset.wide_lengths:
-        able = ", ".join(name for name, other in PRESETS.items() if other.wide_lengths)
-        raise BenchmarkError(
-            f"preset {preset.name} does not run table {WIDE}, whose models take hours: use one of {able}"
-        )
+    for number in sorted(left_out):
+        if str(number) in words:
+            able = ", ".join(name for name, other in PRESETS.items() if _lengths(other, number))
+            raise BenchmarkError(
+                f"preset {preset.name} does not run table {number}, whose models take hours: use one of {able}"
+            )
     return [int(word) for word in words]
+
+
+def _lengths(preset: Preset, number: int) -> tuple[int, ...]:
+    """The lengths of table 6 or 7."""
+    return preset.wide_lengths if number == WIDE else preset.factor_lengths
 
 
 @app.command()
@@ -47,7 +54,7 @@ def paper(
             help="quick (minutes), core (hours: one length, a smaller grid), full (some fifteen hours on two cores: every length and table), tiny (tests)."
         ),
     ] = "quick",
-    table: Annotated[str, typer.Option(help="Numbers from 1 to 6, e.g. 1,3, or all.")] = "all",
+    table: Annotated[str, typer.Option(help="Numbers from 1 to 7, e.g. 1,3, or all.")] = "all",
     data: Annotated[
         list[Path] | None, typer.Option(help="A folder from `cprec prepare`; repeat it for more. Table 5 needs none.")
     ] = None,
@@ -66,7 +73,7 @@ def paper(
     """Train, tune and measure what the paper claims, on prepared data, and write a page of tables and plots.
 
     Tables: 1 twin and compressed model at several lengths, 2 sharing schemes, 3 clusters and ranks, 4 embedding or softmax
-    or both, 5 inference against catalogue size, 6 table 1 at twice the width (core and full). Every run is a JSON file in --out, found again by its settings: a command
+    or both, 5 inference against catalogue size, 6 table 1 at twice the width, 7 the same from factors (both: core and full). Every run is a JSON file in --out, found again by its settings: a command
     that was stopped goes on where it was, and tables share runs. Popularity and the uncompressed twin are in the tables; the
     twin is tuned over the same grid.
 
@@ -93,6 +100,11 @@ def paper(
         for number in numbers:
             for prepared in [None] if number in GENERATED else opened:
                 where = "" if prepared is None else f", {prepared.name}"
+                least = PRESETS[preset].factor_items
+                if number == FACTORS and prepared is not None and prepared.num_items <= least:
+                    items = f"{prepared.num_items:,} items{where}"
+                    typer.echo(f"table {number}: left out for {items}: it is for more than {least:,}", err=True)
+                    continue
                 typer.echo(f"table {number}: {TITLES[number]}{where}", err=True)
                 run_table(
                     number,

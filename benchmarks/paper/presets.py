@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 LARGE = 20_000  # items: with fewer, the blocks are a large part of a model and rare items are few
+Settings = dict[str, float | str]  # chosen for a model and its training: values of the grid, "init"
 SHARINGS = ("none", "cross-layer", "cross-block", "adjacent-layer", "adjacent-block")
 
 
@@ -26,6 +27,8 @@ class Preset:
         both_tables: table 2 without block decomposition too.
         wide_dim, wide_patience, wide_lengths, wide_sharing: of table 6, which is not run without lengths. Its partition is
             planned for the layers that are shared.
+        factor_lengths, factor_smoothing, factor_items: of table 7, which is not run without lengths, nor for catalogues of
+            at most so many items: the models of table 6 once more, with item vectors from factors and this label smoothing.
         sizes: catalogues of table 5. rounds, search_rounds: timed steps and searches per contender.
     """
 
@@ -52,6 +55,9 @@ class Preset:
     wide_patience: int = 8
     wide_lengths: tuple[int, ...] = ()
     wide_sharing: str = "adjacent-block"
+    factor_lengths: tuple[int, ...] = ()
+    factor_smoothing: float = 0.3
+    factor_items: int = LARGE
     sizes: tuple[int, ...]
     rounds: int
     search_rounds: int
@@ -65,7 +71,7 @@ class Preset:
         return self.compressions if num_items > LARGE else self.small_compressions
 
     def wide(self) -> Preset:
-        """The preset with the width and the patience of table 6."""
+        """The preset with the width and the patience of tables 6 and 7."""
         return dataclasses.replace(self, dim=self.wide_dim, patience=self.wide_patience, lengths=self.wide_lengths)
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,6 +112,7 @@ FULL = Preset(
     compressions=(4.0,),
     small_compressions=(1.5,),
     wide_lengths=(20, 50),
+    factor_lengths=(20,),
     sizes=(10_000, 100_000, 1_000_000, 10_000_000),
     rounds=20,
     search_rounds=200,
@@ -132,6 +139,8 @@ TINY = Preset(
     wide_dim=16,
     wide_patience=0,
     wide_lengths=(4,),
+    factor_lengths=(4,),
+    factor_items=0,
     sizes=(300, 600),
     rounds=2,
     search_rounds=2,

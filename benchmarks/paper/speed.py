@@ -19,6 +19,7 @@ from benchmarks.ops.bench_clustered_softmax import fused_loss, linear_loss
 from benchmarks.ops.bench_clustered_topk import missing_index
 from benchmarks.timing import order_of_round, summarise
 from cprec.data import EvaluationWindows, PreparedData, TrainingWindows
+from cprec.item_factors import initialise
 from cprec.model import NextItNet
 from cprec_kernels import Partition
 from cprec_kernels.nn import ClusteredSoftmaxWithLoss
@@ -214,6 +215,11 @@ def measure_models(
         steps[name] = lambda turn, step=step: step(batch_of(turn))  # type: ignore[misc]
     result["step_ms"] = _interleave(steps, rounds)
     return result | {"steps": -(-len(windows) // batch_size), "note": note}
+
+
+def measure_start(model: NextItNet, data: PreparedData, rounds: int = 3) -> dict[str, float]:
+    """Median, p20 and p80 in ms of counting transitions, factorising them and setting a model's item vectors."""
+    return dataclasses.asdict(summarise([_elapsed_ms(lambda: initialise(model, data)) for _ in range(rounds)]))
 
 
 # Generated catalogues

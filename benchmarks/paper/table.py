@@ -21,6 +21,7 @@ TITLES = {
     4: "Which table is compressed",
     5: "Inference against catalogue size",
     6: "At twice the width, planned for shared layers",
+    7: "From factors, with smoothed labels",
 }
 # Two-sided 95% quantiles of Student's t by degrees of freedom; beyond them the last one serves.
 T_QUANTILES = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

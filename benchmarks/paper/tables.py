@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ import torch
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.paper import recbole
-from benchmarks.paper.presets import Preset
-from benchmarks.paper.runs import Trained, columns, epochs_to_reach, trained_on
-from benchmarks.paper.speed import TWIN, measure_models, measure_search, missing_for_search
+from benchmarks.paper.by_length import from_factors, twice_as_wide, twin_and_compressed
+from benchmarks.paper.presets import Preset, Settings
+from benchmarks.paper.runs import Trained, columns, trained_on
+from benchmarks.paper.speed import measure_models, measure_search, measure_start, missing_for_search
 from benchmarks.paper.store import Store
 from benchmarks.paper.table import Row, Table
 from benchmarks.run import Provenance
@@ -28,13 +29,10 @@ from cprec_kernels import Partition
 from cprec_kernels.planning import Planner
 
 ACCELERATORS = ("cpu", "gpu")  # as Lightning names them
-MODEL_SETTINGS = ("dropout",)  # of the grid; the others are of training
+MODEL_SETTINGS = ("dropout", "label_smoothing")  # of what is chosen; the others are of training
 BLIND = ((0.05, 0.2), 4)  # cuts at fractions of the catalogue, ranks divided by 4, as one would guess
-WIDE = 6  # the table of wider models
+WIDE, FACTORS = 6, 7  # tables of wider models
 ZIPF_INTERACTIONS = 20  # per item, in the catalogues of table 5
-
-
-SHARED = "compressed, layers shared"
 
 
 class Bench:
@@ -56,7 +54,7 @@ class Bench:
         self.device = "CPU" if accelerator == "cpu" else torch.cuda.get_device_name()
 
     def wide(self) -> Bench:
-        """The same for the models of table 6."""
+        """The same for the models of tables 6 and 7."""
         return Bench(self.store, self.preset.wide(), self._data, self.tell, self.accelerator)
 
     @property
@@ -88,7 +86,7 @@ class Bench:
         return plan_model(self.model(tie_tails=tied, sharing=sharing), self.data.counts, compression, **options).config
 
     def settings(
-        self, model: NextItNetConfig, length: int, seed: int, accelerator: str, chosen: dict[str, float]
+        self, model: NextItNetConfig, length: int, seed: int, accelerator: str, chosen: Settings
     ) -> tuple[NextItNetConfig, TrainingConfig, dict[str, Any]]:
         """Model, training and name in the store of a run."""
         preset = self.preset
@@ -107,7 +105,7 @@ class Bench:
             {"data": self.data.fingerprint, "model": model.to_dict(), "training": training.to_dict()},
         )
 
-    def train(self, model: NextItNetConfig, length: int, seed: int, **chosen: float) -> Trained:
+    def train(self, model: NextItNetConfig, length: int, seed: int, **chosen: float | str) -> Trained:
         """A training run; ``chosen`` are settings of the grid. One that is there already may come from another device."""
         for accelerator in sorted(ACCELERATORS, key=lambda name: name != self.accelerator):
             settings = self.settings(model, length, seed, accelerator, chosen)[2]
@@ -127,10 +125,10 @@ class Bench:
 
         return Trained(settings, self.store.get_or_run("train", settings, run))
 
-    def tune(self, model: NextItNetConfig) -> dict[str, float]:
+    def tune(self, model: NextItNetConfig) -> Settings:
         """The settings of the grid with the best validation NDCG@10 at the main length, found one after the other."""
         grid, preset = self.preset.grid, self.preset
-        chosen = {name: values[0] for name, values in grid.items()}
+        chosen: Settings = {name: values[0] for name, values in grid.items()}
         for name, values in grid.items():
             if len(values) > 1:
                 scores = {
@@ -152,7 +150,7 @@ class Bench:
             ) from None
 
     def row(
-        self, group: str, label: str, model: NextItNetConfig, length: int, chosen: dict[str, float], baseline: str = ""
+        self, group: str, label: str, model: NextItNetConfig, length: int, chosen: Settings, baseline: str = ""
     ) -> tuple[Row, list[Trained]]:
         """A row with the test metrics of all seeds."""
         runs = [self.train(model, length, seed, **chosen) for seed in self.preset.seeds]
@@ -224,71 +222,18 @@ class Bench:
 
         return self.store.get_or_run("speed", settings, run)
 
+    def start_seconds(self, model: NextItNetConfig) -> float:
+        """What it takes to have a model start from factors."""
+        settings = {"data": self.data.fingerprint, "model": model.to_dict()}
+
+        def run() -> dict[str, Any]:
+            self.tell("timing the factorisation")
+            return measure_start(NextItNet(model), self.data)
+
+        return float(self.store.get_or_run("start", settings, run)["median_ms"]) / 1e3
+
 
 # Tables: each adds rows one by one and says after every one that there is more to keep
-
-
-def twin_and_compressed(bench: Bench, add: Callable[[Row], None]) -> None:
-    """Table 1: at every length, the popularity baseline, the twin and the planned model, tuned alike.
-
-    And the planned model with shared layers, on the same tables and by the same settings.
-    """
-    contenders = {"twin": bench.model(), "compressed": bench.planned()}
-    chosen = {label: bench.tune(model) for label, model in contenders.items()}
-    contenders[SHARED] = dataclasses.replace(contenders["compressed"], sharing="cross-layer")
-    chosen[SHARED] = chosen["compressed"]
-
-    def others(group: str, length: int, twins: list[Trained]) -> None:
-        add(bench.popularity(group, twins[0]))
-        if bench.preset.recbole and length == bench.preset.main_length:
-            add(bench.recbole(group, length))
-
-    _by_length(bench, add, contenders, chosen, others, bench.preset.lengths)
-
-
-def _by_length(
-    bench: Bench,
-    add: Callable[[Row], None],
-    contenders: dict[str, NextItNetConfig],
-    chosen: dict[str, dict[str, float]],
-    others: Callable[[str, int, list[Trained]], None],
-    timed: Sequence[int],
-) -> None:
-    """At every length the rows that ``others`` adds, then those of the contenders; "twin" is the baseline.
-
-    ``timed``: the lengths at which steps and searches are timed.
-    """
-    for length in bench.preset.lengths:
-        group = f"L = {length}"
-        rows, runs = {}, {}
-        for label, model in contenders.items():
-            baseline = "twin" if label != "twin" else ""
-            rows[label], runs[label] = bench.row(group, label, model, length, chosen[label], baseline)
-        others(group, length, runs["twin"])
-        for label, row in rows.items():
-            if (needed := epochs_to_reach(runs["twin"], runs[label])) is not None:
-                row.figures["to_metric_epochs"] = needed
-        if length in timed:
-            _add_times(bench, rows, runs, length)
-        for row in rows.values():
-            add(row)
-
-
-def _add_times(bench: Bench, rows: dict[str, Row], runs: dict[str, list[Trained]], length: int) -> None:
-    """Times of the first seed's models: steps, epochs, training to the twin's metric, searches."""
-    ours = {label: found[0] for label, found in runs.items() if label != "twin"}
-    times = bench.speed(runs["twin"][0], ours, length)
-    for label, row in rows.items():
-        name = TWIN if label == "twin" else label
-        row.figures |= {kind: times[kind][name]["median_ms"] for kind in ("step_ms", "topk_ms")}
-        for kind in ("index_ms", "search_ms"):
-            if times[kind]:
-                row.figures[kind] = times[kind][name]["median_ms"]
-        row.figures["epoch_s"] = row.figures["step_ms"] * times["steps"] / 1e3
-        if "to_metric_epochs" in row.figures:
-            row.figures["to_metric_s"] = row.figures["to_metric_epochs"] * row.figures["epoch_s"]
-        if label == "twin":
-            row.settings["timed_as"] = times["note"]
 
 
 def sharing_schemes(bench: Bench, add: Callable[[Row], None]) -> None:
@@ -363,25 +308,6 @@ def search_by_size(bench: Bench, add: Callable[[Row], None]) -> None:
         add(row)
 
 
-def twice_as_wide(bench: Bench, add: Callable[[Row], None]) -> None:
-    """Table 6: a wider twin, tuned, and the model planned for shared layers, which takes the twin's settings.
-
-    And the twin of table 1, so that the wider one is not a weaker baseline unseen.
-    """
-    wide = bench.wide()
-    contenders = {"twin": wide.model(), SHARED: wide.planned(sharing=bench.preset.wide_sharing)}
-    chosen = wide.tune(contenders["twin"])
-    narrow, label = bench.model(), f"twin, d = {bench.preset.dim}"
-    narrowly = bench.tune(narrow)
-
-    def others(group: str, length: int, twins: list[Trained]) -> None:
-        row = bench.row(group, label, narrow, length, narrowly, "twin")[0]
-        row.figures["compression"] = wide.model().num_parameters / narrow.num_parameters
-        add(row)
-
-    _by_length(wide, add, contenders, dict.fromkeys(contenders, chosen), others, (bench.preset.main_length,))
-
-
 TABLES = {
     1: twin_and_compressed,
     2: sharing_schemes,
@@ -389,6 +315,7 @@ TABLES = {
     4: tables_compressed,
     5: search_by_size,
     WIDE: twice_as_wide,
+    FACTORS: from_factors,
 }
 GENERATED = frozenset({5})  # tables that need no data
 
@@ -412,7 +339,7 @@ def run_table(
             "name": bench.data.name, "fingerprint": bench.data.fingerprint, "users": sizes["users"],
             "items": sizes["items"], "interactions": sizes["train_interactions"],
         }  # fmt: skip
-    described = (preset.wide() if number == WIDE else preset).to_dict() | {"compression": asked}
+    described = (preset.wide() if number in (WIDE, FACTORS) else preset).to_dict() | {"compression": asked}
     table = Table(number, about, described, dataclasses.asdict(Provenance.here()))
 
     def add(row: Row) -> None:

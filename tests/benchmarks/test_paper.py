@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.paper import speed, tables
+from benchmarks.paper import by_length, speed, tables
 from benchmarks.paper.cli import main
 from benchmarks.paper.page import at_the_edge, cell, page, verdict, write_page
 from benchmarks.paper.presets import PRESETS, TINY
@@ -59,20 +59,20 @@ def test_every_table_is_there_with_its_baselines(results, data):
     assert all(table.complete for table in found.values())
     rows = {number: {(row.group, row.label): row for row in table.rows} for number, table in found.items()}
     assert set(rows[1]) == {
-        ("L = 4", label) for label in ("popularity", "RecBole NextItNet", "twin", "compressed", tables.SHARED)
+        ("L = 4", label) for label in ("popularity", "RecBole NextItNet", "twin", "compressed", by_length.SHARED)
     }
     assert set(rows[2]) == {(f"{kind} tables", name) for kind in ("twin", "compressed") for name in TINY.sharings}
     assert {label for _, label in rows[3]} >= {"twin", "planned", "at most 1, by loss", "cut at 5% and 20%"}
     assert {label for _, label in rows[4]} == {"neither", "embedding", "softmax", "both"}
     assert [row.figures["items"] for row in found[5].rows] == list(TINY.sizes)
-    assert set(rows[6]) == {("L = 4", label) for label in ("twin", "twin, d = 8", tables.SHARED)}
+    assert set(rows[6]) == {("L = 4", label) for label in ("twin", "twin, d = 8", by_length.SHARED)}
     for number, table in found.items():
-        preset = TINY.wide() if number == tables.WIDE else TINY
+        preset = TINY.wide() if number in (tables.WIDE, tables.FACTORS) else TINY
         assert table.preset == json.loads(json.dumps(preset.to_dict()))
         for row in table.rows:
             if row.metrics and row.label not in ("popularity", "RecBole NextItNet"):
                 assert row.seeds == len(TINY.seeds) == len(row.metrics["ndcg@10"])
-    twin, compressed, shared = (rows[1]["L = 4", label] for label in ("twin", "compressed", tables.SHARED))
+    twin, compressed, shared = (rows[1]["L = 4", label] for label in ("twin", "compressed", by_length.SHARED))
     assert shared.figures["middle_parameters"] <= compressed.figures["middle_parameters"]
     assert twin.figures["compression"] == 1.0
     assert compressed.figures["compression"] >= TINY.compression
@@ -81,12 +81,25 @@ def test_every_table_is_there_with_its_baselines(results, data):
         assert row.figures["epoch_s"] > 0
         assert row.figures["topk_ms"] > 0
     assert rows[3]["L = 4", "at most 1, by loss"].settings["cutoffs"] == []
-    wide, shared = rows[6]["L = 4", "twin"], rows[6]["L = 4", tables.SHARED]
+    wide, shared = rows[6]["L = 4", "twin"], rows[6]["L = 4", by_length.SHARED]
     assert wide.parameters > twin.parameters == rows[6]["L = 4", "twin, d = 8"].parameters
     assert rows[6]["L = 4", "twin, d = 8"].metrics == twin.metrics
     assert shared.figures["compression"] == wide.parameters / shared.parameters >= TINY.compression
     assert {name: shared.settings[name] for name in TINY.grid} == {name: wide.settings[name] for name in TINY.grid}
     assert shared.figures["step_ms"] > 0
+    too = "L = 4, the twin from factors, too"
+    started, twins = by_length.STARTED, {"L = 4": "twin", too: by_length.STARTED_TWIN}
+    assert set(rows[7]) == {(group, label) for group, twin in twins.items() for label in (twin, started)}
+    assert rows[7]["L = 4", "twin"].metrics == wide.metrics != rows[7][too, by_length.STARTED_TWIN].metrics
+    assert rows[7]["L = 4", started].metrics == rows[7][too, started].metrics != shared.metrics
+    for group, twin in twins.items():
+        assert rows[7][group, started].baseline == twin
+        assert rows[7][group, started].settings["init"] == "als"
+        assert rows[7][group, started].settings["label_smoothing"] == TINY.factor_smoothing
+        assert rows[7][group, started].figures["compression"] == shared.figures["compression"]
+        assert rows[7][group, twin].figures["step_ms"] == rows[7]["L = 4", "twin"].figures["step_ms"]
+    assert rows[7][too, by_length.STARTED_TWIN].settings["init"] == "als"
+    assert "init" not in rows[7]["L = 4", "twin"].settings
     embedding = rows[4]["L = 4", "embedding"].settings
     assert embedding["cutoffs"]
     assert embedding["softmax_cutoffs"] == []
@@ -131,7 +144,7 @@ def test_finished_runs_are_not_made_again(results, data, monkeypatch, capfd):
         monkeypatch.setattr(tables, name, never)
     before = {path.name: path.read_bytes() for path in (results / "finished").iterdir()}
     out, _ = call(capfd, "--preset", "tiny", "--data", data, "--out", results)
-    assert "6 tables" in out
+    assert "7 tables" in out
     assert {path.name: path.read_bytes() for path in (results / "finished").iterdir()} == before
 
 
@@ -179,6 +192,29 @@ def test_weights_that_are_gone_are_asked_for(results, data):
         bench.load(run)
     with pytest.raises(BenchmarkError, match="this table needs prepared data: pass --data FOLDER"):
         _ = tables.Bench(Store(results), TINY, None, lambda doing: None).data
+
+
+def test_the_factorisation_counts_as_training(data, tmp_path, monkeypatch):
+    """Time to a metric: what the start takes, for models that had one, and the epochs."""
+    bench = tables.Bench(Store(tmp_path), TINY, PreparedData.open(data), lambda doing: None)
+    monkeypatch.setattr(bench.__class__, "start_seconds", lambda *arguments: 1000.0)
+    rows = {}
+    by_length.from_factors(bench, lambda row: rows.setdefault((row.group, row.label), row))
+    for row in rows.values():
+        assert row.figures["epoch_s"] < 100
+        if "to_metric_epochs" in row.figures:
+            began = 1000.0 if "init" in row.settings else 0.0
+            assert row.figures["to_metric_s"] == began + row.figures["to_metric_epochs"] * row.figures["epoch_s"]
+    assert all("to_metric_s" in row.figures for row in rows.values() if not row.baseline)
+
+
+def test_dense_catalogues_have_no_table_of_factors(data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, factor_items=300))
+    monkeypatch.setattr(tables, "train", never)
+    arguments = ("--preset", "tiny", "--table", "7", "--data", data, "--out", tmp_path)
+    _, err = call(capfd, *arguments, expect=2)
+    assert "table 7: left out for 300 items, synthetic: it is for more than 300" in err
+    assert "there is no table in" in err
 
 
 # Speed
@@ -268,13 +304,13 @@ def test_the_page_is_written_from_the_tables_alone(results, tmp_path, capfd):
     for table in read_tables(results):
         table.write(tmp_path)
     out, _ = call(capfd, "--report", "--out", tmp_path, "--page", tmp_path / "p.md")
-    assert "6 tables" in out
+    assert "7 tables" in out
     text = (tmp_path / "p.md").read_text(encoding="utf-8")
     assert text == (results / "paper.md").read_text(encoding="utf-8")
     for word in ("popularity", "±", "seeds", "within the noise", "times fewer parameters", "Machine: ", "Preset tiny"):
         assert word in text
     images = {path.name for path in (tmp_path / "images").iterdir()}
-    assert len(images) == 6
+    assert len(images) == 7
     assert all(f"images/{name}" in text for name in images)
     assert str(tmp_path) not in text
 
@@ -303,7 +339,7 @@ def test_what_is_absent_is_said_to_be(results, tmp_path, capfd):
     table.write(tmp_path)
     write_page(tmp_path, tmp_path / "paper.md")
     text = (tmp_path / "paper.md").read_text(encoding="utf-8")
-    assert text.count("Not run yet: `python -m benchmarks.paper --preset full --table") == 5
+    assert text.count("Not run yet: `python -m benchmarks.paper --preset full --table") == 6
     assert "**Not complete**" in text
     assert "In short" not in text
 
@@ -324,8 +360,9 @@ def test_other_files_are_refused(results, tmp_path):
     ("arguments", "message"),
     [
         (["--preset", "huge"], "unknown preset 'huge'; there are quick, core, full, tiny"),
-        (["--table", "7"], "unknown table '7'; there are 1, 2, 3, 4, 5, 6, all"),
+        (["--table", "8"], "unknown table '8'; there are 1, 2, 3, 4, 5, 6, 7, all"),
         (["--table", "6"], "preset quick does not run table 6, whose models take hours: use one of core, full, tiny"),
+        (["--table", "7,1"], "preset quick does not run table 7, whose models take hours: use one of core, full, tiny"),
         (["--table", ","], "--table is empty"),
         ([], "give --data FOLDER"),
         (["--data", "nowhere"], "nowhere: no such folder"),
