@@ -40,6 +40,7 @@ from cprec.cli_options import (
     check_json,
     make_model_config,
     print_rich,
+    refuse_model_options,
     tails_of_run,
     whole_numbers,
     write_json_file,
@@ -179,6 +180,7 @@ def prepare(
 
 @app.command()
 def info(
+    context: typer.Context,
     path: Annotated[
         Path, typer.Argument(help="A run or exported folder, or prepared data with the model options below.")
     ],
@@ -209,6 +211,7 @@ def info(
 
     check_json(json_file)
     if (path / checkpoint.CONFIG_NAME).is_file():
+        refuse_model_options(context, path, ("path", "json_file"))
         config, _ = checkpoint.read_config(path)
     else:
         data = PreparedData.open(path)

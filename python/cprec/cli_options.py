@@ -257,6 +257,20 @@ def print_rich(*renderables: RenderableType) -> None:
         console.print(renderable)
 
 
+def refuse_model_options(context: typer.Context, path: Path, allowed: tuple[str, ...]) -> None:
+    """Refuse options of a model to be made where ``path`` holds one that is."""
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name not in allowed
+        and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise ValueError(
+            f"{path} holds a model, which {', '.join(given)} cannot change: leave it out, or give prepared data"
+        )
+
+
 def check_json(target: Path | None) -> None:
     """Refuse a place that cannot be written before the work is done, not after."""
     if target is None or str(target) == "-":

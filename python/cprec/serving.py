@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -187,7 +188,7 @@ def recommend(
     def chunks() -> Iterator[Chunk]:
         numbered = itertools.starmap(_history, enumerate(histories, start=1))
         with progress_bar("recommending", None, progress) as advance:
-            while users := list(itertools.islice(numbered, max(batch_size, ENCODE_USERS))):
+            while users := list(itertools.islice(numbered, min(max(batch_size, ENCODE_USERS), sys.maxsize))):
                 encoded = _encode(catalogue, users, unknown)
                 best = [
                     top

@@ -57,6 +57,8 @@ def read_histories(source: str | Path | IO[bytes], *, format: HistoryFormat | No
         with path.open("rb") as stream:
             yield from _parse(stream, str(path), format)
     elif isinstance(source, str | Path):
+        if sys.stdin is None:
+            raise ValueError("standard input is closed: name a file of histories")
         yield from _parse(sys.stdin.buffer, "standard input", format)
     else:
         yield from _parse(source, str(getattr(source, "name", "input")), format)
@@ -169,6 +171,8 @@ def write_recommendations(chunks: Iterable[Chunk], target: str | Path | IO[bytes
         return _WRITERS[output_format(STDIO, format)](chunks, target)
     chosen = output_format(target, format)
     if str(target) == STDIO:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed: name a file to write")
         rows = _WRITERS[chosen](chunks, sys.stdout.buffer)
         sys.stdout.buffer.flush()
         return rows

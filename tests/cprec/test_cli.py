@@ -72,6 +72,11 @@ def test_info_of_a_plan_as_json_is_json_alone(run, trained):
     assert plan["compression"] > 1
 
 
+def test_info_of_a_run_takes_no_options_of_a_model(run, trained):
+    _, err = run("info", trained / "run", "--dim", 16, "--no-tie-tails", expect=1)
+    assert "run holds a model, which --dim, --tie-tails cannot change: leave it out, or give prepared data" in err
+
+
 def test_a_catalogue_too_small_to_cut_says_what_to_do(run, tmp_path):
     (tmp_path / "tiny.txt").write_text("a b c d\nb c d e\nc d e f\n", encoding="utf-8")
     run("prepare", tmp_path / "tiny.txt", "-o", tmp_path / "tiny", "-q")

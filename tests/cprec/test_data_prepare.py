@@ -206,6 +206,7 @@ def test_split_by_user_runs_out_of_users():
         ({"valid_fraction": 0.0}, "valid_fraction must be between 0 and 1"),
         ({"valid_fraction": 0.5, "test_fraction": 0.5}, "must be below 1"),
         ({"min_item_count": 0}, "min_item_count must be at least 1"),
+        ({"split": "user", "seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
 def test_options_are_checked(tmp_path, options, message):

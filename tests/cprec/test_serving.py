@@ -212,6 +212,9 @@ def test_histories_from_a_file_and_from_standard_input(tmp_path, monkeypatch):
         list(read_histories(path, format="xml"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a b\n")))
     assert list(read_histories("-")) == [History("1", ["a", "b"])]
+    monkeypatch.setattr("sys.stdin", None)  # what Python makes of `<&-`
+    with pytest.raises(ValueError, match="standard input is closed: name a file of histories"):
+        list(read_histories("-"))
 
 
 # Writing recommendations
@@ -221,6 +224,17 @@ def test_histories_from_a_file_and_from_standard_input(tmp_path, monkeypatch):
 def result(model, catalogue):
     histories = [History('x, "y"', catalogue.decode([1, 2])), History("ü", []), History("3", catalogue.decode([5]))]
     return lambda: recommend(model, catalogue, histories, k=2, length=LENGTH, batch_size=2)
+
+
+def test_closed_standard_output_is_named(result, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(ValueError, match="standard output is closed: name a file to write"):
+        write_recommendations(result().chunks(), "-")
+
+
+def test_any_number_of_histories_at_a_time(model, catalogue, result):
+    histories = [History('x, "y"', catalogue.decode([1, 2])), History("ü", []), History("3", catalogue.decode([5]))]
+    assert list(recommend(model, catalogue, histories, k=2, length=LENGTH, batch_size=10**30)) == list(result())
 
 
 def test_csv_parquet_and_json_lines_say_the_same(result, tmp_path):

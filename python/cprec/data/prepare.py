@@ -87,6 +87,8 @@ def prepare(
     for option, value in (("min_item_count", min_item_count), ("min_sequence_length", min_sequence_length)):
         if value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     check_target(out, overwrite)
     interactions = scan_interactions(
         source,
