@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
-
-from cprec_kernels._version import __version__
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
     from cprec.exported import ExportedModel
+    from cprec_kernels import __version__
 
 __all__ = ["__version__", "load"]
 
@@ -21,3 +20,12 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
     from cprec.exported import load as read
 
     return read(folder, device)
+
+
+def __getattr__(name: str) -> Any:
+    # cprec_kernels imports torch, which takes seconds: `cprec --help` should not wait for it.
+    if name == "__version__":
+        from cprec_kernels import __version__
+
+        return __version__
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -50,6 +50,24 @@ def test_help_names_every_command(run):
     assert run("--version")[0].strip() == f"cprec {cprec.__version__}"
 
 
+def test_help_and_preparing_do_not_wait_for_torch(interactions, tmp_path):
+    code = """
+import sys
+from cprec.cli import app
+app([*sys.argv[1:]], standalone_mode=False)
+assert "torch" not in sys.modules
+import cprec.data
+assert cprec.data.TrainingWindows and cprec.__version__
+"""
+    for arguments in (["--help"], ["prepare", str(interactions), "-o", str(tmp_path / "data"), "-q"]):
+        command = [sys.executable, "-c", code, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+    for module in (cprec, cprec.data):
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = module.nothing
+
+
 def test_a_run_folder_holds_what_it_promises(trained):
     names = {path.name for path in (trained / "run").iterdir()}
     assert {"config.json", "weights.safetensors", "metrics.json", "curve.png", "logs"} <= names
