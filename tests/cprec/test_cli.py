@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -165,6 +166,45 @@ def test_recommend_reads_standard_input(trained, interactions):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 4
+
+
+def test_a_stop_leaves_no_half_written_file(trained, tmp_path):
+    command = [sys.executable, "-m", "cprec", "recommend", trained / "run", "-", "--out", tmp_path / "top.csv"]
+    process = subprocess.Popen([*map(str, command)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.iterdir()):  # it waits for histories with the file begun
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_stops_with_its_last_state(trained, tmp_path):
+    code = """
+import os, signal, sys
+from cprec.__main__ import main
+from cprec.model import NextItNet
+loss, calls = NextItNet.loss, []
+
+def stopped(self, windows):
+    calls.append(0)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss(self, windows)
+
+NextItNet.loss = stopped
+main()
+"""
+    options = (*TINY, "--batch-size", 16, "--checkpoint-every", 1)
+    command = [sys.executable, "-c", code, "train", trained / "data", "-o", tmp_path / "run", *options]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 143, result.stderr
+    assert result.stderr.splitlines()[-1] == "stopped; go on with --resume"
+    assert (tmp_path / "run" / "last" / "state.ckpt").is_file()
 
 
 def test_recommend_chooses_among_candidates(run, trained, interactions, tmp_path):
