@@ -109,6 +109,8 @@ def _parse_json(line: str, number: int, where: str) -> History:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: too many brackets within brackets for a history") from None
     if not isinstance(record, dict) or not isinstance(record.get("items"), list):
         raise ValueError(f'{where}: expected {{"user": ..., "items": [...]}}, got {line[:60]!r}')
     items = record["items"]
@@ -118,7 +120,11 @@ def _parse_json(line: str, number: int, where: str) -> History:
     user = record.get("user", number)
     if isinstance(user, bool) or not isinstance(user, str | int):
         raise ValueError(f"{where}: user is {user!r}; a user is a string or an integer")
-    return History(str(user), [str(item) for item in items])
+    history = History(str(user), [str(item) for item in items])
+    for text in (history.user, *history.items):
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{where}: {text!r} is no text: half of a surrogate pair, which no file can hold")
+    return history
 
 
 _PARSERS: dict[str, Callable[[str, int, str], History]] = {
