@@ -67,7 +67,8 @@ def _by_length(
 def _add_epochs(rows: dict[str, Row], runs: dict[str, list[Trained]], baseline: str) -> None:
     """Epochs to the best validation metric of the baseline."""
     for label, row in rows.items():
-        if (needed := epochs_to_reach(runs[baseline], runs[label])) is not None:
+        goals = runs[baseline]
+        if (needed := epochs_to_reach(goals, runs[label][: len(goals)])) is not None:
             row.figures["to_metric_epochs"] = needed
 
 
@@ -125,7 +126,8 @@ def from_factors(bench: Bench, add: Callable[[Row], None]) -> None:
         times: dict[str, Any] = {}
         for group, (baseline, settings) in groups.items():
             rows, runs = {}, {}
-            rows[baseline], runs[baseline] = wide.row(group, baseline, twin, length, settings)
+            seeds = preset.factor_twin_seeds if baseline == STARTED_TWIN else ()
+            rows[baseline], runs[baseline] = wide.row(group, baseline, twin, length, settings, seeds=seeds)
             rows[STARTED], runs[STARTED] = wide.row(group, STARTED, ours, length, started, baseline)
             _add_epochs(rows, runs, baseline)
             if length == preset.main_length:
