@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from . import _backend
-from .nn import BlockEmbedding, ClusteredSoftmaxWithLoss
+from .nn import BlockEmbedding
+from .nn.softmax_base import ClusteredSoftmaxBase
 from .ops._library import asked_in_place
 
 # Tokens of the rehearsed batch: above the largest tile of tokens, where no kernel's form depends on them any more.
 NUM_TOKENS = 4096
 AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
+Block = BlockEmbedding | ClusteredSoftmaxBase
 
 
 def warmup(
@@ -28,9 +30,9 @@ def warmup(
 ) -> int:
     """Compile, in parallel, the Triton kernels that a module's first training and evaluation steps would stop for.
 
-    Looks for every :class:`BlockEmbedding` and :class:`ClusteredSoftmaxWithLoss` in ``module``. What is compiled depends
-    on their ranks, width, biases and dtype, not on the size of the catalogue; a batch of at most 128 tokens may need one
-    kernel more per level. Other libraries' kernels, and those of ``torch.compile``, are not touched.
+    Looks for every :class:`BlockEmbedding`, :class:`ClusteredSoftmaxWithLoss` and :class:`TiedBlocks` in ``module``. What is
+    compiled depends on their ranks, width, biases and dtype, not on the size of the catalogue; a batch of at most 128 tokens
+    may need one kernel more per level. Other libraries' kernels, and those of ``torch.compile``, are not touched.
 
     Args:
         module: a module with parameters on the device that it will run on, in the dtype that it will have.
@@ -58,24 +60,20 @@ def warmup(
     return count
 
 
-def _blocks(module: nn.Module) -> list[BlockEmbedding | ClusteredSoftmaxWithLoss]:
+def _blocks(module: nn.Module) -> list[Block]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"warmup takes a torch.nn.Module, got {type(module).__name__}; pass the model itself")
-    blocks = [block for block in module.modules() if isinstance(block, (BlockEmbedding, ClusteredSoftmaxWithLoss))]
+    blocks = [block for block in module.modules() if isinstance(block, Block)]
     if not blocks:
         raise ValueError(
-            f"{type(module).__name__} holds no BlockEmbedding and no ClusteredSoftmaxWithLoss: there is nothing to warm up; "
-            "pass the model that does"
+            f"{type(module).__name__} holds no BlockEmbedding, ClusteredSoftmaxWithLoss or TiedBlocks: there is nothing to "
+            "warm up; pass the model that does"
         )
     return blocks
 
 
-def _tables(block: BlockEmbedding | ClusteredSoftmaxWithLoss) -> list[Tensor]:
-    return list(block.embeddings if isinstance(block, BlockEmbedding) else block.weights)
-
-
-def _check_dtype(dtype: torch.dtype | None, blocks: Sequence[BlockEmbedding | ClusteredSoftmaxWithLoss]) -> None:
-    own = {table.dtype for block in blocks for table in _tables(block)}
+def _check_dtype(dtype: torch.dtype | None, blocks: Sequence[Block]) -> None:
+    own = {table.dtype for block in blocks for table in block.parameters()}
     if dtype is not None and dtype not in AUTOCAST_DTYPES and own != {dtype}:
         raise ValueError(
             f"dtype = {dtype} is neither that of the parameters nor one of autocast (torch.bfloat16, torch.float16); "
@@ -84,12 +82,12 @@ def _check_dtype(dtype: torch.dtype | None, blocks: Sequence[BlockEmbedding | Cl
 
 
 def _cuda_devices(
-    blocks: Sequence[BlockEmbedding | ClusteredSoftmaxWithLoss],
+    blocks: Sequence[Block],
     devices: Iterable[torch.device | str | int] | None,
 ) -> list[torch.device]:
     """The CUDA devices to compile for, each once."""
     if devices is None:
-        found = [table.device for block in blocks for table in _tables(block) if table.device.type == "cuda"]
+        found = [table.device for block in blocks for table in block.parameters() if table.device.type == "cuda"]
     else:
         found = [
             torch.device("cuda", device) if isinstance(device, int) else torch.device(device) for device in devices
@@ -106,9 +104,7 @@ def _cuda_devices(
     )
 
 
-def rehearse(
-    block: BlockEmbedding | ClusteredSoftmaxWithLoss, dtype: torch.dtype | None, device: torch.device
-) -> list[Any]:
+def rehearse(block: Block, dtype: torch.dtype | None, device: torch.device) -> list[Any]:
     """The launches of an evaluation and a training step of a block on ``device``, in a FakeTensorMode; nothing runs."""
     if importlib.util.find_spec("triton") is None:
         return []
@@ -159,9 +155,13 @@ def _embedding(block: BlockEmbedding, device: torch.device) -> None:
         backward.rehearse_sparse(grad, *args, mask)
 
 
-def _softmax(block: ClusteredSoftmaxWithLoss, dtype: torch.dtype | None, device: torch.device) -> None:
-    own = block.weights[0].dtype
-    given = block.packed_weights()
+def _softmax(block: ClusteredSoftmaxBase, dtype: torch.dtype | None, device: torch.device) -> None:
+    with (
+        unset_fake_temporarily(),
+        torch.enable_grad(),
+    ):  # tied tables are views, which need a gradient as their bases do
+        given = block.packed_weights()
+    own = given.weights[0].dtype
     head_biases = [] if given.head_bias is None else [given.head_bias]
     weights = [
         _fakes(given.weights, device), _fakes(given.projections, device),

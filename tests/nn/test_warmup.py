@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cprec_kernels import Partition, _triton, _warmup, functional, use_backend, warmup
-from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss
+from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss, TiedBlocks
 
 SMALL = Partition(300, [40, 100], [32, 16, 5], 32)
 
@@ -23,13 +23,14 @@ def test_on_the_cpu_there_is_nothing_to_compile():
     assert warmup(model) == 0
     assert warmup(model, dtype=torch.bfloat16) == 0
     assert warmup(model["head"], dtype=torch.float32) == 0
+    assert warmup(TiedBlocks(SMALL)) == 0
 
 
 def test_wrong_arguments_are_named():
     head = ClusteredSoftmaxWithLoss(32, SMALL)
     with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, got function"):
         warmup(functional.clustered_cross_entropy)
-    with pytest.raises(ValueError, match="Linear holds no BlockEmbedding and no ClusteredSoftmaxWithLoss"):
+    with pytest.raises(ValueError, match="Linear holds no BlockEmbedding, ClusteredSoftmaxWithLoss or TiedBlocks"):
         warmup(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"dtype = torch.float64 is neither that of the parameters.*leave it out"):
         warmup(head, dtype=torch.float64)

@@ -13,7 +13,7 @@ from cprec_kernels import Partition, _warmup, accumulate_in_place
 from cprec_kernels._triton import common, configs, ids
 from cprec_kernels._triton.configs import Tile
 from cprec_kernels._triton.warmup import variant
-from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss
+from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss, TiedBlocks
 from cprec_kernels.testing import make_hidden, make_ids, make_targets
 
 STEMS = ("block_embedding", "block_embedding_backward", "block_embedding_projection")
@@ -102,6 +102,18 @@ def test_clustered_softmax(bias, dtype, narrow, launched):
         loss = block(hidden.requires_grad_(), target).loss
     loss.backward()
     check(block, launched, narrow, num_kernels=12 + bias)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["one-vector", "tails-alone"])
+def test_tied_blocks(tied, launched):
+    """The softmax of tables that an embedding shares, itself a block that is looked for."""
+    block = TiedBlocks(SMALL, padding=True, tie_head=tied, tie_projections=tied)
+    hidden, target = make_hidden(SMALL, (COUNT,)), make_targets(SMALL, (COUNT,))
+    with torch.no_grad():
+        block(hidden, target)
+    block(hidden.requires_grad_(), target).loss.backward()
+    check(block, launched, num_kernels=12)
+    assert block.embedding in _warmup._blocks(block)
 
 
 def test_the_size_of_the_catalogue_changes_nothing():
