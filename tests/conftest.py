@@ -9,11 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from cprec_kernels import _backend, available_cpu_isas, set_cpu_isa, use_backend
 from cprec_kernels.testing import CASES
 
 pytest.register_assert_rewrite("tests.ops.index_checks")
+settings.register_profile("cprec", deadline=None)  # nothing is timed in tests
+settings.load_profile("cprec")
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +26,9 @@ def _no_leftovers() -> Iterator[None]:
     before = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     yield
     after = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    torch.set_default_dtype(before[0])  # for the tests that come after a guilty one
+    torch.use_deterministic_algorithms(before[1])
+    torch.set_num_threads(before[2])
     assert after == before
 
 

@@ -159,7 +159,9 @@ def test_the_cost_of_a_loss_is_near_what_was_measured(name, items, width, tokens
 def test_the_cost_of_a_search_is_near_that_of_a_scan(name):
     items = {"100k": 100_000, "1m": 1_000_000, "10m": 10_000_000}[name]
     partition = Partition(items, [items // 50, items // 5], [128, 32, 8], 128)
-    for row in measured(f"topk-{name}-d128", "cprec-index-float32-full"):
+    rows_of_case = measured(f"topk-{name}-d128", "cprec-index-float32-full")
+    assert rows_of_case
+    for row in rows_of_case:
         rows = int(row["case"].rpartition("b")[2])
         predicted = sum(
             float(costs.search_ms(CPU, np.array(float(entries)), np.array(float(rank)), rows, 128))

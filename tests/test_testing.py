@@ -50,6 +50,8 @@ def test_a_non_finite_value_is_an_infinite_error(value):
     assert relative_error(wrong, truth) == math.inf
     with pytest.raises(AssertionError, match="inf"):
         assert_accurate(wrong, truth, truth, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"the reference in torch\.bfloat16 is not finite"):
+        assert_accurate(wrong, wrong, truth, torch.bfloat16)
 
 
 def test_shapes_must_agree():

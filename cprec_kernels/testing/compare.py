@@ -35,6 +35,8 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 def assert_accurate(ours: Tensor, base: Tensor, truth: Tensor, dtype: torch.dtype, name: str = "result") -> None:
     """Assert the tolerance rule. ``dtype`` is the one the computation ran in, whatever the result is stored in."""
     error, base_error = relative_error(ours, truth), relative_error(base, truth)
+    if not math.isfinite(base_error):
+        raise ValueError(f"{name}: the reference in {dtype} is not finite where the truth is, or the other way round")
     bound = 2 * base_error + EPS[dtype]
     if not error <= bound:
         raise AssertionError(

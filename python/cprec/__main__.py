@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 NEEDED = ("typer", "rich", "polars", "lightning", "safetensors", "matplotlib", "tensorboard")
@@ -15,7 +16,8 @@ def main() -> None:
     """Run the command line; exits with 0, 1 for a reported failure, 2 for wrong usage, 130 or 143 when stopped."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         sys.exit(f"cprec: the command line needs {', '.join(missing)}; install with `pip install 'cprec-kernels[app]'`")
-    signal.signal(signal.SIGTERM, _terminate)
+    if threading.current_thread() is threading.main_thread():  # no other may
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         from cprec.cli import app
 

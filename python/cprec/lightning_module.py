@@ -79,6 +79,11 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
 
 
+def pins_memory(device: torch.device, workers: int, graphed: tuple[int, int] | None) -> bool:
+    """Whether batches are pinned. With workers that takes a thread, whose calls of CUDA could meet the capture of a graph."""
+    return device.type == "cuda" and not (workers and graphed)
+
+
 class TrainingModule(pl.LightningModule):
     """NextItNet under Lightning: loss, validation by full ranking, optimiser, and what has to survive a kill."""
 
@@ -123,9 +128,7 @@ class TrainingModule(pl.LightningModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             workers=config.workers,
-            # With workers it takes a thread, whose calls of CUDA could meet the capture of a graph.
-            pin_memory=self.trainer.strategy.root_device.type == "cuda"
-            and not (config.workers and self._graphed_shape()),
+            pin_memory=pins_memory(self.trainer.strategy.root_device, config.workers, self._graphed_shape()),
         )
 
     def val_dataloader(self) -> Any:

@@ -156,8 +156,11 @@ def test_backend_of_answers_and_requests_are_scoped():
 
 
 def check_backend_of(ones):
-    assert backend_of("block_embedding", ones) == "native"
-    assert backend_of("block_embedding", ones.double()) == "reference"
+    for op in _backend.ops():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            has_kernel = op != "residual_stack" or dtype == torch.float32
+            assert backend_of(op, ones.to(dtype)) == ("native" if has_kernel else "reference"), (op, dtype)
+        assert backend_of(op, ones.double()) == "reference"
     with use_backend("reference"):
         assert backend_of("block_embedding", ones) == "reference"
     assert cprec_kernels.get_backend() == "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import pytest
@@ -18,13 +19,15 @@ def run(monkeypatch, capfd):
     def call(*arguments, expect=0):
         monkeypatch.setattr(sys, "argv", ["cprec", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "120")
-        code = 0
+        code, handler = 0, signal.getsignal(signal.SIGTERM)
         try:
             main()
         except SystemExit as stop:
             if isinstance(stop.code, str):
                 print(stop.code, file=sys.stderr)
             code = 1 if isinstance(stop.code, str) else int(stop.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         out, err = capfd.readouterr()
         assert code == expect, f"exit {code}\n{out}\n{err}"
         return out, err

@@ -80,26 +80,36 @@ def test_without_memory_for_graphs_training_goes_on(monkeypatch):
 
 @pytest.mark.parametrize(("strategy", "workers"), [("auto", 0), ("auto", 1), ("ddp", 0)])
 def test_a_run_asks_for_graphs_of_its_full_batches_on_one_device_alone(tmp_path, monkeypatch, strategy, workers):
-    """Under DDP, which one process may be, there are none; nor is a thread that pins memory beside their capture."""
+    """Under DDP, which one process may be, there are none."""
     from cprec import lightning_module
 
-    asked, pinned = [], []
+    asked = []
 
     class Asked(GraphedLoss):
         def __init__(self, model, shape):
             asked.append(shape)
             super().__init__(model, shape)
 
-    loader = lightning_module.ResumableBatches
     monkeypatch.setattr(lightning_module, "GraphedLoss", Asked)
-    monkeypatch.setattr(
-        lightning_module, "ResumableBatches",
-        lambda *args, **options: (pinned.append(options["pin_memory"]), loader(*args, **options))[1],
-    )  # fmt: skip
     data = prepare_synthetic(tmp_path / "data", 50, 60, seed=0)
     config = TrainingConfig(
         length=5, batch_size=7, epochs=1, accelerator="cpu", devices=1, strategy=strategy, workers=workers
     )
     train(data, NextItNetConfig.from_plan(50, 8, dilations=(1,)), config, tmp_path / "run", progress=False)
     assert asked == [None if strategy == "ddp" else (7, 6)]
-    assert pinned == [False]
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "graphed", "pinned"),
+    [
+        ("cuda", 0, (7, 6), True),
+        ("cuda", 2, None, True),
+        ("cuda", 2, (7, 6), False),
+        ("cpu", 0, None, False),
+        ("cpu", 2, (7, 6), False),
+    ],
+)
+def test_no_thread_pins_memory_beside_a_capture(device, workers, graphed, pinned):
+    from cprec.lightning_module import pins_memory
+
+    assert pins_memory(torch.device(device), workers, graphed) == pinned

@@ -3,11 +3,29 @@
 import numpy as np
 import pytest
 
-from cprec.data import DataError, PreparedData, detect_format, generate, prepare, prepare_synthetic, write_interactions
+from cprec.data import (
+    DataError,
+    PreparedData,
+    detect_format,
+    generate,
+    prepare,
+    prepare_synthetic,
+    synthetic,
+    write_interactions,
+)
 
 
-def test_same_seed_same_sequences_across_chunks(monkeypatch):
+def test_same_seed_same_sequences(tmp_path, monkeypatch):
+    first = list(generate(50, 64, seed=3))
+    monkeypatch.setattr(synthetic, "_CHUNK", 64)  # several parts, and a last one that is not full
     made = generate(50, 400, seed=3)
+    assert len(made) == 400
+    assert (made.lengths >= 3).all()
+    # The first part has a stream of its own; lengths, which are drawn before, come first.
+    assert all(np.array_equal(a, b) for a, b in zip(first, list(made)[:64], strict=True))
+    path = write_interactions(tmp_path / "made.txt", made)
+    lines = [np.array(line.split(), dtype=np.int32) for line in path.read_text().splitlines()]
+    assert all(np.array_equal(a, b) for a, b in zip(lines, made, strict=True))
     assert np.array_equal(made.items, generate(50, 400, seed=3).items)
     assert not np.array_equal(made.items[:500], generate(50, 400, seed=4).items[:500])
     assert made.items.dtype == np.int32

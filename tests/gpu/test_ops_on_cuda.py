@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from cprec_kernels import Partition, functional
+from cprec_kernels import Partition, accumulate_in_place, functional, use_backend
 from cprec_kernels.functional import Weights
+from cprec_kernels.nn import BlockEmbedding
 from cprec_kernels.optim import RowwiseAdagrad, RowwiseAdamW
 from cprec_kernels.reference import block_embedding as ref_embedding
-from cprec_kernels.reference import clustered_softmax as ref_softmax
 from cprec_kernels.testing import (
     assert_accurate,
+    assert_all_accurate,
     assert_same_items,
     copy_weights,
     make_embedding,
     make_ids,
     make_softmax,
     make_targets,
+    weight_tensors,
 )
 
 pytestmark = pytest.mark.gpu
@@ -52,14 +56,45 @@ def test_clustered_softmax(case, dtype):
     weights = make_softmax(case.partition, dtype)
     target = make_targets(case.partition, (63,))
     hidden = torch.randn(63, case.partition.embedding_dim).to(dtype)
-    truth = ref_softmax.clustered_softmax(hidden.double(), target, *copy_weights(weights, torch.float64), IGNORE)
-    base = ref_softmax.clustered_softmax(hidden, target, *weights, IGNORE)
-    there = copy_weights(weights, device="cuda", requires_grad=True)
-    ours = functional.clustered_target_log_prob(hidden.cuda(), target.cuda(), there)
-    for a, b, t in zip(ours, base, truth, strict=False):
-        assert_accurate(a, b, t, dtype)
-    ours[0].sum().backward()
-    assert all(w.grad.isfinite().all() for w in (*there.weights, *there.projections))
+    upstream = torch.randn(2, 63)
+
+    def outputs_and_gradients(device, dtype):
+        leaves = copy_weights(weights, dtype, device, requires_grad=True)
+        states = hidden.to(device, dtype, copy=True).requires_grad_()
+        found = functional.clustered_target_log_prob(states, target.to(device), leaves, smooth=True)
+        sum((out * up.to(out)).sum() for out, up in zip(found, upstream, strict=True)).backward()
+        return [*found, states.grad, *(leaf.grad for leaf in weight_tensors(leaves))]
+
+    with use_backend("reference"):
+        truth, base = (outputs_and_gradients("cpu", kind) for kind in (torch.float64, dtype))
+    assert_all_accurate([value.cpu() for value in outputs_and_gradients("cuda", dtype)], base, truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_gradients_of_an_embedding_with_padding(sparse, dtype):
+    """And added in place, where they are dense."""
+    partition = Partition(3_000, [200, 900], [64, 16, 4], 64)
+    here = BlockEmbedding(partition, padding_idx=2_999, sparse=sparse, dtype=dtype)
+    ids = make_ids(partition, (40, 25))
+    ids[:, 20:] = 2_999
+    upstream = torch.randn(40, 25, 64).to(dtype)
+
+    def gradients(device, dtype, times=1):
+        block = copy.deepcopy(here).to(device, dtype)
+        accumulate_in_place(block.parameters(), times > 1)
+        for _ in range(times):
+            block(ids.to(device)).backward(upstream.to(device, dtype))
+        return [parameter.grad.to_dense().cpu() for parameter in block.parameters()]
+
+    with use_backend("reference"):
+        truth, base = (gradients("cpu", kind) for kind in (torch.float64, dtype))
+    ours = gradients("cuda", dtype)
+    assert_all_accurate(ours, base, truth, dtype)
+    assert not ours[2][-1].any()
+    if not sparse:
+        twice = [value * 2 for value in truth]
+        assert_all_accurate(gradients("cuda", dtype, 2), [value * 2 for value in base], twice, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import struct
 import threading
 import zlib
@@ -201,7 +201,17 @@ def assert_told(path, match, **options):
 
 @pytest.mark.parametrize(
     "contents",
-    [b"", b"x", MAGIC, b"PK\x03\x04" * 100, b"{}", bytes(5_000), os.urandom(9_000), MAGIC[::-1] + bytes(4_096)],
+    [
+        b"",
+        b"x",
+        MAGIC,
+        b"PK\x03\x04" * 100,
+        b"{}",
+        bytes(5_000),
+        random.Random(0).randbytes(9_000),
+        MAGIC[::-1] + bytes(4_096),
+    ],
+    ids=["empty", "letter", "magic", "zip", "json", "zeros", "random", "reversed"],
 )
 def test_foreign_files_are_told(contents, tmp_path):
     path = tmp_path / "a.index"

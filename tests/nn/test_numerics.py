@@ -199,14 +199,18 @@ def test_results_are_the_same_bits_with_torchs_deterministic_algorithms_and_any_
     ids, target = make_ids(partition, (40, 30)), make_targets(partition, (40, 30))
     results = []
     threads = torch.get_num_threads()
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        copied = copy.deepcopy(blocks)
-        hidden = copied.embedding(ids)
-        loss = functional.clustered_cross_entropy(hidden, target, copied.packed_weights())
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in copied.parameters()), *copied.topk(hidden.detach()[:, 0], 5)])
-    torch.set_num_threads(threads)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            copied = copy.deepcopy(blocks)
+            hidden = copied.embedding(ids)
+            loss = functional.clustered_cross_entropy(hidden, target, copied.packed_weights())
+            loss.backward()
+            results.append(
+                [loss.detach(), *(p.grad for p in copied.parameters()), *copied.topk(hidden.detach()[:, 0], 5)]
+            )
+    finally:
+        torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

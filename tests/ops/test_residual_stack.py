@@ -94,10 +94,12 @@ def test_rows_do_not_depend_on_their_batch(cpu_isa):
     for row in range(31):
         assert torch.equal(functional.residual_stack(ids[row : row + 1], *args)[0], whole[row])
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = functional.residual_stack(ids, *args)
-    torch.set_num_threads(threads)
-    assert torch.equal(alone, whole)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(functional.residual_stack(ids, *args), whole)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_padding_on_the_left_changes_nothing(cpu_isa):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cprec_kernels import backend_of, use_backend
+from cprec_kernels import available_cpu_isas, backend_of, use_backend
 from cprec_kernels.ops import row_optimizer as ops
 from cprec_kernels.reference import row_optimizer as ref
 from cprec_kernels.testing import assert_accurate
@@ -150,7 +150,12 @@ def test_parameters_and_gradients_that_are_not_contiguous(name, cpu_backend):
 @pytest.mark.parametrize("shape", [(0, 4), (5, 0), (1, 1)], ids=str)
 @pytest.mark.parametrize("sparse", [True, False], ids=["rows", "all"])
 def test_edges(name, shape, sparse, cpu_backend):
-    run(name, inputs(name, shape, torch.float32, sparse=sparse))
+    args = inputs(name, shape, torch.float32, sparse=sparse)
+    expected = copies(args)
+    getattr(ref, name)(*expected)
+    for a, b in zip(run(name, args), expected, strict=True):
+        if isinstance(b, torch.Tensor) and shape[1] > 0:  # rows without a column have a state that means nothing
+            torch.testing.assert_close(a, b)
     args = inputs(name, (5, 3), torch.float32, sparse=sparse)
     if sparse:
         args[1] = args[1][:0]  # no rows: all tensors stay
@@ -224,5 +229,5 @@ def test_the_raw_kernel_refuses_what_the_op_would_have(cpu_isa):
 def test_backends():
     with use_backend("auto"):
         for name in OPS:
-            assert backend_of(name, torch.ones(1)) in ("native", "reference")
+            assert backend_of(name, torch.ones(1)) == ("native" if available_cpu_isas() else "reference")
             assert backend_of(name, torch.ones(1).double()) == "reference"

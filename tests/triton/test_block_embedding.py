@@ -162,15 +162,13 @@ def test_gradients_are_added_to_what_is_there(poison):
     upstream = torch.randn(*ids.shape, 8)
     fresh, d_projections = backward.block_embedding_backward(upstream, ids, tables, projections, 3, (True, True))
     there = [torch.randn_like(table) for table in tables]
-    added = [tensor.clone() for tensor in there]
     for want in (False, True):
         target = [tensor.clone() for tensor in there]
         own = backward.block_embedding_backward_into(upstream, ids, tables, projections, 3, target, want)
         assert len(own) == 2 * want
         assert all(torch.equal(a, b) for a, b in zip(own, d_projections, strict=False))
-        added = target
-    for a, b, c in zip(added, there, fresh, strict=True):
-        assert torch.equal(a, b + c)
+        for a, b, c in zip(target, there, fresh, strict=True):
+            assert torch.equal(a, b + c)
 
 
 def test_strided_inputs(poison):
@@ -237,6 +235,15 @@ def test_bits_depend_on_the_token_alone():
     ids = make_ids(SMALL, (40,))
     out = forward.block_embedding(ids, tables, projections, None, False)
     assert torch.equal(out[13:17], forward.block_embedding(ids[13:17], tables, projections, None, False))
+    upstream = torch.randn(40, 8)
+    mask = (True, True)
+    whole, _ = backward.block_embedding_backward(upstream, ids, tables, projections, None, mask)
+    own = (ids == ids[13]).nonzero().squeeze(1)
+    alone, _ = backward.block_embedding_backward(upstream[own], ids[own], tables, projections, None, mask)
+    cluster = SMALL.cluster_of(int(ids[13]))
+    row = int(ids[13]) - SMALL.offsets[cluster]
+    assert alone[cluster][row].any()
+    assert torch.equal(alone[cluster][row], whole[cluster][row])
 
 
 # Through the ops
