@@ -113,9 +113,9 @@ def accumulate_in_place(parameters: Iterable[Tensor], enabled: bool = True) -> N
     of their dtype; ``optimizer.zero_grad(set_to_none=False)`` keeps them from step to step. Everything else goes the
     usual way.
 
-    What differs: autograd sees no gradient for such a table, so hooks on it (DDP's among them) do not run. A backward
-    that is asked for other gradients, by ``torch.autograd.grad`` or ``inputs=``, goes the usual way and leaves ``.grad`` as
-    it is. ``torch.compile`` ignores the request.
+    What differs: autograd sees no gradient for such a table, so DDP does not either. Tables with hooks of their own go the
+    usual way, and so does a backward that is asked for other gradients, by ``torch.autograd.grad`` or ``inputs=``, which
+    leaves ``.grad`` as it is. ``torch.compile`` ignores the request.
 
     Args:
         parameters: leaf tensors, e.g. ``module.parameters()``.
@@ -133,9 +133,9 @@ def asked_in_place(tables: Sequence[Tensor]) -> bool:
 
 
 def gradients_in_place(tables: Sequence[Tensor]) -> list[Tensor] | None:
-    """The ``.grad`` of every table, when all of them asked for :func:`accumulate_in_place`, have one that fits, and the
-    backward that runs is to fill it."""
-    if not asked_in_place(tables) or not all(map(_accumulates, tables)):
+    """The ``.grad`` of every table, when all of them asked for :func:`accumulate_in_place`, have one that fits and no hook
+    that waits for a gradient, and the backward that runs is to fill it."""
+    if not asked_in_place(tables) or any(map(_hooked, tables)) or not all(map(_accumulates, tables)):
         return None
     gradients = []
     for table in tables:
@@ -146,6 +146,11 @@ def gradients_in_place(tables: Sequence[Tensor]) -> list[Tensor] | None:
             return None
         gradients.append(gradient)
     return gradients
+
+
+def _hooked(leaf: Tensor) -> bool:
+    """Whether someone wants to see the leaf's gradients, by register_hook or register_post_accumulate_grad_hook."""
+    return bool(leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None))
 
 
 def _accumulates(leaf: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from cprec_kernels import Partition, accumulate_in_place, functional, use_backend
 from cprec_kernels.reference import block_embedding as ref
 from cprec_kernels.testing import assert_accurate, make_embedding, make_ids
+from tests.called_ops import CalledOps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -332,20 +333,32 @@ def test_gradients_are_added_in_place(case, cpu_backend, poison):
         tables, projections = make_embedding(case.partition)
         leaves = [tensor.requires_grad_() for tensor in (*tables, *projections)]
         accumulate_in_place(leaves, in_place)
-        seen = []  # by hooks, which autograd calls with the gradients that it is given
-        for table in tables:
-            table.register_hook(seen.append)
         places = []
-        for rows in (slice(0, 3), slice(3, None)):
-            functional.block_embedding(ids[rows], tables, projections).backward(upstream[rows])
-            places.append([table.grad.data_ptr() for table in tables])
+        with CalledOps() as called:
+            for rows in (slice(0, 3), slice(3, None)):
+                functional.block_embedding(ids[rows], tables, projections).backward(upstream[rows])
+                places.append([table.grad.data_ptr() for table in tables])
         assert places[0] == places[1]
-        # The first gradients make room for the second ones. The reference leaves adding to autograd.
-        assert len(seen) == len(tables) * (1 if in_place and cpu_backend != "reference" else 2)
+        # The first gradients make room for the second ones.
+        assert called.count("block_embedding_backward_into") == in_place
+        assert called.count("block_embedding_backward") == 2 - in_place
         return leaves
 
     for ours, expected in zip(twice(True), twice(False), strict=True):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_see_gradients_of_tables_that_are_added_to_in_place(register, cpu_backend):
+    partition = Partition(40, [10, 20], [8, 4, 2], 8)
+    tables, projections = make_embedding(partition)
+    accumulate_in_place([tensor.requires_grad_() for tensor in tables])
+    seen = []
+    getattr(tables[1], register)(lambda given: seen.append(given if register == "register_hook" else given.grad))
+    for _ in range(2):
+        functional.block_embedding(torch.arange(40), tables, projections).sum().backward()
+    assert len(seen) == 2
+    assert all(gradient is not None for gradient in seen)
 
 
 def test_gradients_in_place_are_left_alone_when_others_are_asked_for(cpu_backend):
