@@ -51,7 +51,7 @@ def paper(
     preset: Annotated[
         str,
         typer.Option(
-            help="quick (minutes), core (hours: one length, a smaller grid), full (some fifteen hours on two cores: every length and table), tiny (tests)."
+            help="quick (minutes), core (hours: one length), full (most of a day on two cores: every length and table), tiny (tests)."
         ),
     ] = "quick",
     table: Annotated[str, typer.Option(help="Numbers from 1 to 7, e.g. 1,3, or all.")] = "all",
