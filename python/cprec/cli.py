@@ -37,6 +37,7 @@ from cprec.cli_options import (
     TailBias,
     TieTails,
     Twin,
+    announce_model,
     check_json,
     make_model_config,
     print_rich,
@@ -306,15 +307,7 @@ def train(
         devices=int(devices) if devices.isdecimal() else devices, strategy=strategy, workers=workers,
         checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    times = model_config.twin().num_parameters / model_config.num_parameters
-    typer.echo(
-        f"{prepared.name}: {prepared.num_items:,} items; {model_config.num_parameters:,} parameters, "
-        f"{times:.2f} times fewer than the uncompressed twin"
-    )
-    if compression is not None:
-        partition = model_config.input_partition
-        tied = ", tails tied" if model_config.tie_tails else ""
-        typer.echo(f"planned: cutoffs {list(partition.cutoffs)}, ranks {list(partition.ranks)}{tied}")
+    announce_model(prepared.name, model_config, planned=compression is not None)
     result = train_model(
         prepared, model_config, training_config, out, resume=resume, overwrite=overwrite, progress=not quiet
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -233,6 +234,21 @@ def _clusters(cutoffs: str, ranks: str | None, dim: int, side: str) -> tuple[lis
     cuts = [] if cutoffs in ("none", "") else numbers(cutoffs, f"--{side}cutoffs")
     falling = [max(1, dim >> 2 * j) for j in range(len(cuts) + 1)]
     return cuts, falling if ranks is None else whole_numbers(ranks, f"--{side}ranks")
+
+
+def announce_model(data: str, config: NextItNetConfig, *, planned: bool) -> None:
+    """Say what is about to be trained: once, however many processes Lightning starts for it."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    times = config.twin().num_parameters / config.num_parameters
+    typer.echo(
+        f"{data}: {config.num_items:,} items; {config.num_parameters:,} parameters, {times:.2f} times fewer than the "
+        "uncompressed twin"
+    )
+    if planned:
+        partition = config.input_partition
+        tied = ", tails tied" if config.tie_tails else ""
+        typer.echo(f"planned: cutoffs {list(partition.cutoffs)}, ranks {list(partition.ranks)}{tied}")
 
 
 def tails_of_run(folder: Path) -> bool | None:

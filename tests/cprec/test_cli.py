@@ -207,6 +207,25 @@ main()
     assert (tmp_path / "run" / "last" / "state.ckpt").is_file()
 
 
+def test_two_processes_train_one_model(run, trained, tmp_path):
+    options = ("--batch-size", 16, "--accelerator", "cpu", "--devices", 2, "--strategy", "ddp")
+    command = [sys.executable, "-m", "cprec", "train", trained / "data", "-o", tmp_path / "run", *TINY, *options]
+    result = subprocess.run(
+        [*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("times fewer than the uncompressed twin") == 1
+    assert result.stdout.count("best of 2 epochs") == 1
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    report = json.loads(run("evaluate", tmp_path / "run", "--split", "valid", "--json", "-", "-q")[0])
+    # Ranks of every example are counted once, wherever they were found.
+    best = max(record["validation"]["ndcg@10"] for record in metrics["history"])
+    assert best == pytest.approx(report["model"]["ndcg@10"], rel=1e-6)
+    alone = ("--batch-size", 16, "--accelerator", "cpu", "--devices", 1, "--epochs", 3, "--resume")
+    _, err = run("train", trained / "data", "-o", tmp_path / "run", *TINY, *alone, expect=1)
+    assert "the run was trained on 2 devices and cannot go on with 1" in err
+
+
 def test_recommend_chooses_among_candidates(run, trained, interactions, tmp_path):
     items = sorted(set(interactions.read_text(encoding="utf-8").split()))[:5]
     (tmp_path / "allowed.txt").write_text("\n".join(items), encoding="utf-8")
