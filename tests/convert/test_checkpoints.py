@@ -123,6 +123,9 @@ def test_what_is_not_fairseqs_is_named():
     tail = {"tail.0.0.weight": randn(3, 3), "tail.0.2.weight": randn(5, 4)}
     with pytest.raises(ValueError, match=r"'tail\.0\.0\.weight' must be \(4, 16\) or its transpose, got \(3, 3\)"):
         from_fairseq_adaptive_softmax({"version": torch.tensor([1]), "head.weight": randn(9, 16), **tail})
+    tail["tail.0.0.weight"] = randn(4, 16)
+    with pytest.raises(ValueError, match="the head of .* has 1 rows for 1 tails"):
+        from_fairseq_adaptive_softmax({"version": torch.tensor([1]), "head.weight": randn(1, 16), **tail})
 
 
 # Transformer-XL
@@ -214,6 +217,10 @@ def test_what_a_transformer_xl_checkpoint_does_not_show_has_to_be_said():
     state["crit.cluster_weight"] = randn(3, 16)
     with pytest.raises(ValueError, match="pass the 3 cutoffs"):
         from_transformer_xl_softmax(state, "crit.", cutoffs=[7, 20], parents="forward")
+    state, _, _ = xl_softmax((16, 4, 1), WIDTH, True)
+    state["crit.cluster_weight"], state["crit.cluster_bias"] = randn(3, 16), randn(3)
+    with pytest.raises(ValueError, match="has 3 tables and 3 parent labels: one less than tables is needed"):
+        from_transformer_xl_softmax(state, "crit.", parents="forward")
 
 
 def test_factors_that_do_not_fit_are_named():

@@ -10,6 +10,8 @@ from torch import nn
 
 import cprec_kernels
 from cprec_kernels import Partition
+from cprec_kernels.convert import CompressionPlan
+from cprec_kernels.nn import BlockEmbedding
 from tests.convert.dense_models import ITEMS, PARTITION, WIDTH, GRULike
 
 
@@ -51,6 +53,26 @@ def test_what_does_not_fit_is_named_and_changes_nothing(counts):
     model.embed[0].max_norm = 1.0
     with pytest.raises(ValueError, match="uses max_norm"):
         cprec_kernels.compress(model, counts, **partition)
+    model.embed[0].max_norm, model.embed[0].scale_grad_by_freq = None, True
+    with pytest.raises(ValueError, match="uses scale_grad_by_freq"):
+        cprec_kernels.compress(model, counts, **partition)
+    with pytest.raises(ValueError, match="counts has 90 entries, but table 'embed.0' has 91 rows"):
+        cprec_kernels.compress(GRULike(), counts[1:], table="embed.0", **partition)
+    with pytest.raises(ValueError, match="the model is the table itself: it cannot be replaced in place"):
+        cprec_kernels.compress(nn.Embedding(91, WIDTH), counts, **partition)
+
+
+def test_a_plan_of_something_else_is_refused(counts, tmp_path):
+    report = cprec_kernels.compress(GRULike(), counts, partition=PARTITION)
+    values = report.plan.to_dict()
+    assert CompressionPlan.from_dict(values) == report.plan
+    with pytest.raises(
+        ValueError, match=r"not a compression plan: missing keys \['table'\], unknown keys \['tables'\]"
+    ):
+        CompressionPlan.from_dict({"tables" if name == "table" else name: value for name, value in values.items()})
+    BlockEmbedding(PARTITION).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a BlockEmbedding, not a compressed model"):
+        CompressionPlan.load_pretrained(GRULike(), tmp_path)
 
 
 def test_a_third_module_that_shares_the_table_is_not_left_behind(counts):

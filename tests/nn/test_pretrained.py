@@ -65,6 +65,9 @@ def test_the_files_are_what_others_can_read(tmp_path):
 
 
 def test_folders_that_are_not_whole_are_refused(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
     softmax = MODULES["softmax"]()
     softmax.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a ClusteredSoftmaxWithLoss, not a TiedBlocks"):
@@ -87,6 +90,20 @@ def test_folders_that_are_not_whole_are_refused(tmp_path):
         broken("config.json", b"{}")
     with pytest.raises(ValueError, match="has format_version 2"):
         broken("config.json", good["config.json"].replace(b'"format_version": 1', b'"format_version": 2'))
+    weights = load_file(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        about = file.metadata()
+    for name, value, message in (
+        ("weights.0", weights["weights.0"].double(), "the tensors have several dtypes"),
+        (
+            "weights.0",
+            weights["weights.0"][1:].clone(),
+            r"(?s)model\.safetensors does not fit its configuration.*weights\.0",
+        ),
+    ):
+        save_file({**weights, name: value}, tmp_path / "other", about)
+        with pytest.raises(ValueError, match=message):
+            broken("model.safetensors", (tmp_path / "other").read_bytes())
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
         ClusteredSoftmaxWithLoss.from_pretrained(tmp_path)

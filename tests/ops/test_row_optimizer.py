@@ -209,6 +209,34 @@ def test_refusals_change_nothing(place, value, error, words, cpu_backend):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "error", "words"),
+    [
+        ("row_adagrad_", {3: torch.zeros(5)}, ValueError, r"sum is \(5,\), \(6,\) was expected"),
+        ("row_adagrad_", {3: torch.zeros(6).half()}, TypeError, "sum must be torch.float32"),
+        (
+            "row_adagrad_",
+            {2: None, 1: torch.zeros(6, 3)},
+            ValueError,
+            "row_log_decay is for gradients of some rows only",
+        ),
+        ("row_decay_", {1: torch.zeros(2, 1, dtype=torch.int64)}, ValueError, "rows must be 1-D, .* not 2-D"),
+        ("row_decay_", {2: torch.zeros(6)}, TypeError, "row_log_decay must be float64"),
+        ("row_decay_", {1: torch.tensor([0, 6])}, IndexError, r"rows\[1\] = 6 is outside 0..5"),
+    ],
+)
+def test_refusals_of_the_other_ops_change_nothing(name, changed, error, words, cpu_backend):
+    args = inputs(name, (6, 3), torch.float32)
+    for place, value in changed.items():
+        args[place] = value
+    before = copies(args)
+    with pytest.raises(error, match=words):
+        getattr(torch.ops.cprec, name)(*args)
+    for a, b in zip(args, before, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b)
+
+
 def test_the_raw_kernel_refuses_what_the_op_would_have(cpu_isa):
     """torch.ops.cprec_native is reachable without our checks: it must still not write out of bounds or race."""
     args = inputs("row_adamw_", (6, 3), torch.float32)
