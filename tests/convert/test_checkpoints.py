@@ -124,7 +124,7 @@ def test_what_is_not_fairseqs_is_named():
     with pytest.raises(ValueError, match=r"'tail\.0\.0\.weight' must be \(4, 16\) or its transpose, got \(3, 3\)"):
         from_fairseq_adaptive_softmax({"version": torch.tensor([1]), "head.weight": randn(9, 16), **tail})
     tail["tail.0.0.weight"] = randn(4, 16)
-    with pytest.raises(ValueError, match="the head of .* has 1 rows for 1 tails"):
+    with pytest.raises(ValueError, match=r"the head of .* has 1 rows for 1 tails"):
         from_fairseq_adaptive_softmax({"version": torch.tensor([1]), "head.weight": randn(1, 16), **tail})
 
 

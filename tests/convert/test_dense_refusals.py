@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(counts):
     model.embed[0].max_norm, model.embed[0].scale_grad_by_freq = None, True
     with pytest.raises(ValueError, match="uses scale_grad_by_freq"):
         cprec_kernels.compress(model, counts, **partition)
-    with pytest.raises(ValueError, match="counts has 90 entries, but table 'embed.0' has 91 rows"):
+    with pytest.raises(ValueError, match=r"counts has 90 entries, but table 'embed\.0' has 91 rows"):
         cprec_kernels.compress(GRULike(), counts[1:], table="embed.0", **partition)
     with pytest.raises(ValueError, match="the model is the table itself: it cannot be replaced in place"):
         cprec_kernels.compress(nn.Embedding(91, WIDTH), counts, **partition)
