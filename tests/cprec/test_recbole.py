@@ -199,6 +199,9 @@ def test_keys_reach_the_network():
     assert (config.input_partition.cutoffs, config.input_partition.ranks) == ((2, 8), (64, 16, 4))
     planned = make(cutoffs=None, ranks=None, compression=1.2).net.config
     assert planned.num_parameters * 1.2 <= planned.twin().num_parameters
+    assert planned.tie_tails
+    assert not config.tie_tails
+    assert not make(cutoffs=None, ranks=None, compression=1.2, tie_tails=False).net.config.tie_tails
 
 
 @pytest.mark.parametrize(

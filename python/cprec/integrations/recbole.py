@@ -32,6 +32,7 @@ FIELDS = {
     "sharing": "sharing",
     "head_bias": "head_bias",
     "tail_bias": "tail_bias",
+    "tie_tails": "tie_tails",
 }
 DEFAULT_CUTOFFS = (0.05, 0.2)
 
@@ -48,7 +49,8 @@ class CpRec(SequentialRecommender):  # type: ignore[misc]
             ``label_smoothing``, ``head_bias``, ``tail_bias`` as in :class:`cprec.model.NextItNetConfig`; ``cutoffs``
             ([0.05, 0.2]: fractions of the catalogue, or item numbers; [] is one cluster) and ``ranks`` (falling by 4
             from the width); or ``compression`` in their place, which plans both from the counts
-            (:func:`cprec.planning.plan_model`). ``train_neg_sample_args`` must be None, because the loss is over the
+            (:func:`cprec.planning.plan_model`); ``tie_tails``, by default True with ``compression`` and False without.
+            ``train_neg_sample_args`` must be None, because the loss is over the
             whole catalogue.
         dataset: the training part, ``train_data._dataset``; its counted interactions decide the order of items.
 
@@ -154,6 +156,7 @@ def _check_loss(config: Any) -> None:
 def _model_config(config: Any, counts: Tensor) -> NextItNetConfig:
     """The network of a RecBole configuration, for items of these falling counts (K,)."""
     options = {field: config[key] for key, field in FIELDS.items() if config[key] is not None}
+    options.setdefault("tie_tails", config["compression"] is not None)  # as `cprec train` does
     cutoffs, ranks, compression = config["cutoffs"], config["ranks"], config["compression"]
     for name, value in {"cutoffs": cutoffs, "ranks": ranks}.items():
         if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
