@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cprec.model.config import NextItNetConfig
+from cprec.model.dropout import dropout
 from cprec.model.packing import Packing, is_traced
 from cprec.model.sharing import parameter_sets
 from cprec_kernels.functional import residual_stack
@@ -180,7 +181,7 @@ class ResidualStack(nn.Module):
         """
         branch = self._residual if self.block == "residual" else self._bottleneck
         for index, dilation in enumerate(self.dilations):
-            x = x + F.dropout(branch(index, dilation, x, mask, packing), self.dropout, self.training)
+            x = x + dropout(branch(index, dilation, x, mask, packing), self.dropout, self.training)
         return x
 
     def _residual(self, index: int, dilation: int, x: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
@@ -296,12 +297,12 @@ class NextItNet(nn.Module):
     def _padded(self, items: Tensor) -> Tensor:  # (B, L) -> (B, L, d)
         x = self.embedding(items)
         mask = (items != self.padding_id).unsqueeze(-1).to(x.dtype)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = dropout(x, self.config.dropout, self.training)
         hidden: Tensor = self.backbone(x, mask)
         return hidden
 
     def _packed(self, items: Tensor, packing: Packing) -> Tensor:  # (B, L) -> (T, d)
-        x = F.dropout(self.embedding(packing.pack(items)), self.config.dropout, self.training)
+        x = dropout(self.embedding(packing.pack(items)), self.config.dropout, self.training)
         hidden: Tensor = self.backbone(x, packing=packing)
         return hidden
 
