@@ -156,10 +156,8 @@ def _embedding(block: BlockEmbedding, device: torch.device) -> None:
 
 
 def _softmax(block: ClusteredSoftmaxBase, dtype: torch.dtype | None, device: torch.device) -> None:
-    with (
-        unset_fake_temporarily(),
-        torch.enable_grad(),
-    ):  # tied tables are views, which need a gradient as their bases do
+    # Tied tables are views, which need a gradient as their bases do.
+    with unset_fake_temporarily(), torch.enable_grad():
         given = block.packed_weights()
     own = given.weights[0].dtype
     head_biases = [] if given.head_bias is None else [given.head_bias]

@@ -46,6 +46,11 @@ def test_the_default_generator_decides_and_nothing_else():
     assert not torch.equal(dropout(x, 0.3, True), once)
 
 
+def test_the_default_device_is_not_asked():
+    with torch.device("meta"):
+        assert dropout(torch.ones(8, device="cpu"), 0.5, True).device.type == "cpu"
+
+
 def test_nothing_is_dropped_in_evaluation_or_with_p_0():
     x = torch.randn(5)
     assert dropout(x, 0.5, False) is x

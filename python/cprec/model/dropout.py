@@ -23,6 +23,6 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if x.device.type != "cpu" or is_traced() or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     kept = max(1, round((1.0 - p) * LEVELS))
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device="cpu").random_(-(1 << 63), None)
     lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
     return x * (lanes < kept - LEVELS // 2).to(x.dtype).mul_(LEVELS / kept)
