@@ -12,6 +12,17 @@ using cprec::kLn2;
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+constexpr int64_t kSummedRows = 128;
+
+// The mean (r,) of the rows of weight (n, r), in fp64: fp32 sums of 128 rows at a time, since sums in fp64 throughout
+// begin with a copy of the whole table.
+Tensor mean_row(const Tensor& weight) {
+  const int64_t whole = weight.size(0) / kSummedRows * kSummedRows;
+  const Tensor parts = weight.narrow(0, 0, whole).reshape({whole / kSummedRows, kSummedRows, weight.size(1)}).sum({1}, false, at::kFloat);
+  const Tensor rest = weight.narrow(0, whole, weight.size(0) - whole).sum({0}, false, at::kDouble);
+  return parts.sum({0}, false, at::kDouble).add_(rest).div_(static_cast<double>(weight.size(0)));
+}
+
 Outputs clustered_softmax_cpu(const Tensor& input, const Tensor& target, at::TensorList weights,
                               at::TensorList projections, const std::optional<Tensor>& head_bias,
                               at::TensorList tail_biases, int64_t ignore_index, bool smooth,
@@ -50,9 +61,9 @@ Outputs clustered_softmax_cpu(const Tensor& input, const Tensor& target, at::Ten
     const std::vector<float> logits = target_logits(level);
     Tensor mean;  // logits averaged over the level's entries
     if (smooth) {
-      const Tensor z = rows_of(level, as_float(input)).to(at::kDouble);
-      const Tensor weight = level.weight.mean({0}, false, at::kDouble);
-      mean = at::mv(level.projection.defined() ? at::mm(z, level.projection.to(at::kDouble).t()) : z, weight);
+      Tensor weight = mean_row(level.weight);
+      if (level.projection.defined()) weight = at::mv(level.projection.to(at::kDouble).t(), weight);
+      mean = at::mv(rows_of(level, as_float(input)).to(at::kDouble), weight);
       if (level.bias.defined()) mean.add_(level.bias.mean(at::kDouble));
     }
     const double* means = smooth ? mean.const_data_ptr<double>() : nullptr;

@@ -6,11 +6,12 @@ A window of 20 places holds five items on a catalogue such as Amazon Beauty. Onl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from cprec_kernels.functional import gather_taps
 
 WORTH_IT = 0.75  # of all places: with more items than that, fetching rows costs what leaving padding out saves
 
@@ -56,12 +57,7 @@ class Packing:
 
     def before(self, lags: Sequence[int], x: Tensor) -> Tensor:
         """(T, d) -> (T, taps d): the rows so many places earlier, side by side; zeros where no item is there."""
-        rows: Tensor = _RowsBefore.apply(x, self._shifted(lags, 1), self._shifted(lags, -1))  # type: ignore[no-untyped-call]
-        return rows
-
-    def _shifted(self, lags: Sequence[int], sign: int) -> Tensor:
-        """(taps, T): the token so many places before (``sign`` 1) or after (-1) every token, T where none is."""
-        return torch.stack([self._token(sign * lag) for lag in lags])
+        return gather_taps(x, torch.stack([self._token(lag) for lag in lags]))
 
     def _token(self, lag: int) -> Tensor:
         """(T,): the token ``lag`` places before every token, T where none is."""
@@ -69,24 +65,6 @@ class Packing:
             shifted = F.pad(self._token_at, (lag, -lag), value=self.tokens.numel())
             self._found[lag] = shifted.flatten().index_select(0, self.tokens)
         return self._found[lag]
-
-
-class _RowsBefore(torch.autograd.Function):
-    """No row is fetched twice by one tap, so that its gradient is fetched too instead of added up item by item."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, earlier: Tensor, later: Tensor) -> Tensor:
-        ctx.save_for_backward(later)
-        return _with_nothing(x).index_select(0, earlier.T.flatten()).view(x.shape[0], len(earlier) * x.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (later,) = ctx.saved_tensors
-        taps, count = later.shape
-        wanted = later * taps + torch.arange(taps)[:, None]  # the row of a tap within that of a token
-        width = grad.shape[1] // taps
-        rows = _with_nothing(grad).view((count + 1) * taps, width).index_select(0, wanted.T.flatten())
-        return rows.view(count, taps, width).sum(1), None, None
 
 
 def is_traced() -> bool:
