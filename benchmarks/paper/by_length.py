@@ -126,8 +126,7 @@ def from_factors(bench: Bench, add: Callable[[Row], None]) -> None:
         times: dict[str, Any] = {}
         for group, (baseline, settings) in groups.items():
             rows, runs = {}, {}
-            seeds = preset.factor_twin_seeds if baseline == STARTED_TWIN else ()
-            rows[baseline], runs[baseline] = wide.row(group, baseline, twin, length, settings, seeds=seeds)
+            rows[baseline], runs[baseline] = wide.row(group, baseline, twin, length, settings)
             rows[STARTED], runs[STARTED] = wide.row(group, STARTED, ours, length, started, baseline)
             _add_epochs(rows, runs, baseline)
             if length == preset.main_length:

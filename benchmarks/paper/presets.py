@@ -29,7 +29,6 @@ class Preset:
             planned for the layers that are shared.
         factor_lengths, factor_smoothing, factor_items: of table 7, which is not run without lengths, nor for catalogues of
             at most so many items: the models of table 6 once more, with item vectors from factors and this label smoothing.
-        factor_twin_seeds: of the twin there, one of which is an hour on a core.
         sizes: catalogues of table 5. rounds, search_rounds: timed steps and searches per contender.
     """
 
@@ -59,7 +58,6 @@ class Preset:
     factor_lengths: tuple[int, ...] = ()
     factor_smoothing: float = 0.3
     factor_items: int = LARGE
-    factor_twin_seeds: tuple[int, ...] = (0, 1)
     sizes: tuple[int, ...]
     rounds: int
     search_rounds: int
@@ -143,7 +141,6 @@ TINY = Preset(
     wide_lengths=(4,),
     factor_lengths=(4,),
     factor_items=0,
-    factor_twin_seeds=(0,),
     sizes=(300, 600),
     rounds=2,
     search_rounds=2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -157,10 +157,9 @@ class Bench:
         length: int,
         chosen: Settings,
         baseline: str = "",
-        seeds: Sequence[int] = (),
     ) -> tuple[Row, list[Trained]]:
-        """A row with the test metrics of all seeds, or of some."""
-        runs = [self.train(model, length, seed, **chosen) for seed in seeds or self.preset.seeds]
+        """A row with the test metrics of all seeds."""
+        runs = [self.train(model, length, seed, **chosen) for seed in self.preset.seeds]
         row = Row(group, label, baseline, model.num_parameters, len(runs))
         row.metrics = columns([run.result["test"]["model"] for run in runs])
         row.figures = {
