@@ -20,8 +20,8 @@ py::dict build_config() {
        {"block_embedding/cpu", "block_embedding_backward/cpu", "block_embedding_backward_sparse/cpu",
         "block_embedding_backward_accumulate/cpu", "clustered_softmax/cpu", "clustered_softmax_backward/cpu",
         "clustered_softmax_backward_into/cpu", "clustered_topk/cpu", "clustered_rank/cpu", "clustered_score/cpu",
-        "topk_index/cpu", "in_large_pages/cpu", "gather_taps/cpu", "gather_taps_backward/cpu", "residual_stack/cpu", "row_adamw_/cpu", "row_adagrad_/cpu",
-        "row_decay_/cpu"})
+        "topk_index/cpu", "in_large_pages/cpu", "gather_taps/cpu", "gather_taps_backward/cpu", "residual_stack/cpu",
+        "row_adamw_/cpu", "row_adagrad_/cpu", "row_decay_/cpu"})
     kernels.append(name);
 #ifdef CPREC_WITH_CUDA
   kernels.append("block_embedding/cuda");

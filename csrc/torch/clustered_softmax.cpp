@@ -18,7 +18,9 @@ constexpr int64_t kSummedRows = 128;
 // begin with a copy of the whole table.
 Tensor mean_row(const Tensor& weight) {
   const int64_t whole = weight.size(0) / kSummedRows * kSummedRows;
-  const Tensor parts = weight.narrow(0, 0, whole).reshape({whole / kSummedRows, kSummedRows, weight.size(1)}).sum({1}, false, at::kFloat);
+  const Tensor parts = weight.narrow(0, 0, whole)
+                           .reshape({whole / kSummedRows, kSummedRows, weight.size(1)})
+                           .sum({1}, false, at::kFloat);
   const Tensor rest = weight.narrow(0, whole, weight.size(0) - whole).sum({0}, false, at::kDouble);
   return parts.sum({0}, false, at::kDouble).add_(rest).div_(static_cast<double>(weight.size(0)));
 }

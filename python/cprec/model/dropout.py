@@ -25,4 +25,6 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     kept = max(1, round((1.0 - p) * LEVELS))
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device="cpu").random_(-(1 << 63), None)
     lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return x * (lanes < kept - LEVELS // 2).to(x.dtype).mul_(LEVELS / kept)
+    # Straight to floating point: a mask of booleans is one more pass.
+    mask = torch.lt(lanes, kept - LEVELS // 2, out=torch.empty(x.shape, dtype=x.dtype, device="cpu"))
+    return x * mask.mul_(LEVELS / kept)
