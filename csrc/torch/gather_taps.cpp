@@ -53,9 +53,10 @@ Tensor gather_taps_cpu(const Tensor& input, const Tensor& named) {
   return out;
 }
 
-// Of every row the places that read it, by tokens: CSR without the places that read none.
+// The places t * taps + tap that read row r, ascending: places[begin[r]] .. places[begin[r + 1] - 1]. Those that read
+// none come last.
 struct Readers {
-  std::vector<int64_t> begin, places;  // (N + 1,); place t * taps + tap
+  std::vector<int64_t> begin, places;
 
   Readers(const Tensor& rows, int64_t num_rows) : begin(static_cast<size_t>(num_rows) + 2, 0) {
     const int64_t taps = rows.size(0), tokens = rows.size(1);
