@@ -75,7 +75,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("csrc/cuda", ".cu"): ({"block_embedding"}, set()),
     ("tests/ops", ".py"): (
         {f"test_{stem}" for stem in STEMS},
-        {"index_checks", "softmax_inputs", "test_topk_index_edges", "test_topk_index_hunt"}
+        {"index_checks", "softmax_inputs", "test_forward_mode", "test_topk_index_edges", "test_topk_index_hunt"}
         | {f"test_clustered_softmax_{checks}" for checks in ("dispatch", "edges", "gradients")},
     ),
     ("tests/triton", ".py"): (

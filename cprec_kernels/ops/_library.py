@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 
 from .. import _backend
@@ -188,6 +189,18 @@ def check_ids(ids: Tensor, num_items: int, name: str, allowed: int | None = None
         place = tuple(int(i) for i in bad.nonzero()[0])
         extra = "" if allowed is None else f" (or {allowed}, ignored)"
         raise IndexError(f"{name}{list(place)} = {int(ids[place])} is outside 0..{num_items - 1}{extra}")
+
+
+def refuse_tangents(op: str, *args: Tensor | Sequence[Tensor] | None) -> None:
+    """Raise RuntimeError in forward mode: an op without a rule for it takes its result for a constant, without a word."""
+    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", -1) < 0:
+        return
+    lists = [[arg] if isinstance(arg, Tensor) else arg or [] for arg in args]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensors in lists for tensor in tensors):
+        raise RuntimeError(
+            f"{op} has no forward-mode derivative (torch.func.jvp, torch.func.jacfwd, torch.autograd.forward_ad): "
+            "differentiate it by backward() or torch.autograd.grad"
+        )
 
 
 def check_integers(ids: Tensor, name: str) -> None:

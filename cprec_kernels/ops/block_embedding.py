@@ -22,6 +22,7 @@ from ._library import (
     gradients_in_place,
     implement,
     not_twice_differentiable,
+    refuse_tangents,
 )
 
 # Schema
@@ -298,5 +299,6 @@ def block_embedding(
         TypeError: ids not int64, tables of mixed or non-floating dtype.
         ValueError: shapes that do not fit together, tensors on several devices.
     """
+    refuse_tangents("block_embedding", embeddings, projections)
     out: Tensor = torch.ops.cprec.block_embedding(ids, list(embeddings), list(projections), padding_idx, sparse)
     return out

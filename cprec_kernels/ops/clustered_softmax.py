@@ -30,6 +30,7 @@ from ._library import (
     gradients_in_place,
     implement,
     not_twice_differentiable,
+    refuse_tangents,
 )
 from ._reduction import reduce_loss
 from .block_embedding import keep
@@ -375,6 +376,7 @@ def clustered_target_log_prob(
     :func:`clustered_cross_entropy`.
     """
     check_leading(target, input, "target", 0)
+    refuse_tangents("clustered_softmax", input, *weights.args())
     log_prob, uniform, *_ = torch.ops.cprec.clustered_softmax(
         as_rows(input), target.reshape(-1), *weights.args(), ignore_index, smooth, None, wants_kept(input, weights)
     )

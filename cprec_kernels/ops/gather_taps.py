@@ -10,7 +10,16 @@ from torch.autograd.function import once_differentiable
 
 from .. import _backend
 from ..reference import gather_taps as ref
-from ._library import autograd, check_ids, check_integers, define, fake, implement, not_twice_differentiable
+from ._library import (
+    autograd,
+    check_ids,
+    check_integers,
+    define,
+    fake,
+    implement,
+    not_twice_differentiable,
+    refuse_tangents,
+)
 
 # Schema
 
@@ -132,6 +141,7 @@ def gather_taps(input: Tensor, rows: Tensor) -> Tensor:
         IndexError: a row outside 0..N, with its place.
         TypeError: rows not int64. ValueError: shapes that do not fit, tensors on several devices.
     """
+    refuse_tangents("gather_taps", input)
     direct = type(input) is Tensor and type(rows) is Tensor and not torch.compiler.is_compiling()
     out: Tensor = _Direct.apply(input, rows) if direct else torch.ops.cprec.gather_taps(input, rows)  # type: ignore[no-untyped-call]
     return out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference.common import accumulate_dtype, pair_projections
-from ._library import as_rows, cast_floating, check_ids, check_leading, check_rows
+from ._library import as_rows, cast_floating, check_ids, check_leading, check_rows, refuse_tangents
 from .clustered_softmax import Weights, check_weights, wants_kept
 
 _IGNORED = -100
@@ -91,6 +91,7 @@ def _level(
     """Log-probability of a level's entry, mean log-probability and log-sum-exp, 0 for tokens outside ``member``."""
     level = Weights([weight], [] if projection is None else [projection], bias)
     own = torch.where(member, column, _IGNORED)
+    refuse_tangents("clustered_softmax", rows, *level.args())
     log_prob, uniform, lse, *_ = torch.ops.cprec.clustered_softmax(
         rows, own, *level.args(), _IGNORED, True, None, wants_kept(rows, level)
     )
