@@ -26,12 +26,13 @@ Ids = Literal["auto", "text", "integer"]
 _IDS = ("auto", "text", "integer")
 _SEPARATOR_NEVER_SEEN = "\x1f"
 _INTEGERS = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Int128, pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64)
+_INTEGERS_ONLY = "as ids='integer' asks for, or as nearly all others are; mend the line or pass ids='text' (cprec prepare --ids text)"
 _REASONS = {
     1: "expected {fields} fields, found {found}: {text!r}; the line is cut short or damaged",
     2: "the user is empty",
     3: "the item is empty",
-    4: "the user {user!r} is no integer, while those of the other lines are; mend the line or pass ids='text'",
-    5: "the item {item!r} is no integer, while the others are; mend the line or pass ids='text'",
+    4: "the user {user!r} is no integer, " + _INTEGERS_ONLY,
+    5: "the item {item!r} is no integer, " + _INTEGERS_ONLY,
     6: "the timestamp {time!r} cannot be read as {time_format}",
 }
 
