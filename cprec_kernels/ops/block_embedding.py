@@ -297,6 +297,7 @@ def block_embedding(
     Raises:
         IndexError: an id out of range, with its place.
         TypeError: ids not int64, tables of mixed or non-floating dtype.
+        RuntimeError: in forward mode, which has no rule.
         ValueError: shapes that do not fit together, tensors on several devices.
     """
     refuse_tangents("block_embedding", embeddings, projections)

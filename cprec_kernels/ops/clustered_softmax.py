@@ -412,7 +412,7 @@ def clustered_cross_entropy(
 
     Raises:
         IndexError: a target out of range, with its place.
-        TypeError: target not int64, mixed dtypes.
+        TypeError: target not int64, mixed dtypes. RuntimeError: in forward mode, which has no rule.
         ValueError: shapes that do not fit together, an unknown reduction, smoothing outside [0, 1].
     """
     log_prob, uniform = clustered_target_log_prob(

@@ -128,7 +128,8 @@ def gather_taps(input: Tensor, rows: Tensor) -> Tensor:
     """Rows of ``input`` side by side: what a dilated convolution meets where a batch holds items without their padding.
 
     ``torch.nn.functional.linear`` of the result with a kernel (out, taps d) is the convolution. On the CPU forward and
-    backward are one pass each, and results do not depend on the number of threads.
+    backward are one pass each, and results do not depend on the number of threads; float64 and other devices take torch's
+    own ops. Gradients are summed in fp32 (fp64 for fp64) and rounded once. Differentiable once, in reverse.
 
     Args:
         input: (N, d), of any floating dtype.
@@ -139,7 +140,8 @@ def gather_taps(input: Tensor, rows: Tensor) -> Tensor:
 
     Raises:
         IndexError: a row outside 0..N, with its place.
-        TypeError: rows not int64. ValueError: shapes that do not fit, tensors on several devices.
+        RuntimeError: in forward mode. TypeError: rows not int64, input not floating point.
+        ValueError: shapes that do not fit, tensors on several devices.
     """
     refuse_tangents("gather_taps", input)
     direct = type(input) is Tensor and type(rows) is Tensor and not torch.compiler.is_compiling()

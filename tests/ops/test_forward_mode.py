@@ -14,7 +14,7 @@ IDS = torch.tensor([3, 12, 39])
 
 
 def calls():
-    """Op -> a function of one tensor, and the tensor: every differentiable op, by each kind of its inputs."""
+    """A function of one tensor, and the tensor, by what it is: every differentiable op, by each kind of its inputs."""
     tables, projections = make_embedding(PARTITION, torch.float32)
     weights = make_softmax(PARTITION)
     hidden, head = torch.randn(3, 8), weights.weights[0]

@@ -26,7 +26,10 @@ Ids = Literal["auto", "text", "integer"]
 _IDS = ("auto", "text", "integer")
 _SEPARATOR_NEVER_SEEN = "\x1f"
 _INTEGERS = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Int128, pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64)
-_INTEGERS_ONLY = "as ids='integer' asks for, or as nearly all others are; mend the line or pass ids='text' (cprec prepare --ids text)"
+_INTEGERS_ONLY = (
+    "as ids='integer' asks for, or as nearly all others are; "
+    "mend the line or pass ids='text' (cprec prepare --ids text)"
+)
 _REASONS = {
     1: "expected {fields} fields, found {found}: {text!r}; the line is cut short or damaged",
     2: "the user is empty",
