@@ -39,32 +39,45 @@ def _stand_in(value: Any) -> Any:
     return MockTensor(value.dtype) if isinstance(value, Tensor) else value
 
 
+def _compile(launch: Launch) -> Any:
+    return launch.kernel.warmup(*map(_stand_in, launch.args), grid=(1,), **launch.options)
+
+
+def _fails(kernel: FutureKernel) -> bool:
+    try:
+        kernel.result()
+    except Exception:  # whatever it is, it is raised again where the kernel is compiled by itself
+        return True
+    return False
+
+
 def compile_all(launches: Iterable[Launch], device: torch.device) -> int:
     """Compile the variants among ``launches`` for a device, in threads; returns how many were not compiled already.
+
+    What fails among threads is compiled once more by itself, and only what fails there too is an error: before 3.11.8
+    and 3.12.2, Python's parser keeps its depth where all threads share it, and now and then refuses good source ("AST
+    constructor recursion depth mismatch", CPython's issue 106905).
 
     Raises:
         CompilationError: a kernel does not compile, with its name and constants.
     """
     variants = {variant(launch): launch for launch in launches}
-    compiled = 0
-    with (
-        torch.cuda.device(device),
-        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
-        AsyncCompileMode(pool, ignore_errors=True),
-    ):
-        pending = [
-            (launch, launch.kernel.warmup(*map(_stand_in, launch.args), grid=(1,), **launch.options))
-            for launch in variants.values()
-        ]
-        for launch, kernel in pending:
-            if not isinstance(kernel, FutureKernel):
-                continue
+    with torch.cuda.device(device):
+        for launch in variants.values():
+            _ = launch.kernel.cache_key  # parses, so before there are threads
+        with (
+            concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+            AsyncCompileMode(pool, ignore_errors=True),
+        ):
+            started = [(launch, _compile(launch)) for launch in variants.values()]
+            new = [(launch, kernel) for launch, kernel in started if isinstance(kernel, FutureKernel)]
+            failed = [launch for launch, kernel in new if _fails(kernel)]
+        for launch in failed:
             try:
-                kernel.result()
+                _compile(launch)
             except Exception as error:
                 raise CompilationError(
                     f"{launch.kernel.__name__} with {launch.options} does not compile for {device}: {error}; "
                     "set CPREC_BACKEND=reference to run without it, and report it"
                 ) from error
-            compiled += 1
-    return compiled
+    return len(new)

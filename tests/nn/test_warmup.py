@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import os
 import pkgutil
+import threading
 
 import pytest
 import torch
@@ -118,6 +120,25 @@ def test_a_kernel_that_does_not_compile_is_named(target_sm_90):
     ):
         compile_all([broken], device)
     assert compile_all([forward], device) == 1
+
+
+def test_a_parser_confused_by_threads_costs_no_kernel(target_sm_90, monkeypatch):
+    from cprec_kernels._triton.warmup import compile_all
+
+    parse, main, confused = ast.parse, threading.main_thread(), []
+
+    def parse_for_one_thread(*args, **options):
+        if threading.current_thread() is not main:
+            confused.append(args)
+            raise SystemError("AST constructor recursion depth mismatch (before=33, after=138)")
+        return parse(*args, **options)
+
+    device = torch.device("cuda", 0)
+    with FakeTensorMode():
+        launches = _warmup.rehearse(BlockEmbedding(SMALL), None, device)
+    monkeypatch.setattr(ast, "parse", parse_for_one_thread)
+    assert compile_all(launches, device) == len(confused) == 7
+    assert compile_all(launches, device) == 0
 
 
 def test_with_another_backend_there_is_nothing_to_compile(target_sm_90, monkeypatch):
