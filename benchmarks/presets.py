@@ -11,6 +11,7 @@ QUICK: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("cprec-avx512", "cprec-avx2", "reference", "torch-adaptive"),
     ),
     ("block_embedding", "1m-d128-t25600", ()),
+    ("conv_norm_relu", "100k-d128-t512", ()),
     ("train_step", "1m-d128-t512", ("cprec-avx512", "cprec-avx2", "torch-fused-adam", "torch-adam")),
     ("clustered_topk", "100k-d128-b32", ()),
     ("clustered_rank", "100k-d128-b256", ()),

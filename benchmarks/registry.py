@@ -16,7 +16,10 @@ from benchmarks.cases import Case
 from benchmarks.errors import BenchmarkError, unknown
 from cprec_kernels import available_cpu_isas, backend_of, cpu_isa, set_cpu_isa, use_backend
 
-OPS = ("clustered_softmax", "block_embedding", "train_step", "clustered_topk", "clustered_rank", "residual_stack")
+OPS = (
+    *("clustered_softmax", "block_embedding", "conv_norm_relu", "train_step"),
+    *("clustered_topk", "clustered_rank", "residual_stack"),
+)
 DTYPES = ("float32", "bfloat16")
 Results = dict[str, Tensor]
 # (outputs, base, truth, dtype, slack) -> raises AssertionError unless the outputs are right.

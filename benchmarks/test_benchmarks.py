@@ -18,6 +18,7 @@ from benchmarks.timing import torch_threads
 from benchmarks.verify import Gate
 
 SMALL = {"clustered_softmax": "5k-d64-t128", "block_embedding": "5k-d64-t1024", "train_step": "5k-d64-t128"}
+SMALL["conv_norm_relu"] = "5k-d64-t128"
 OF_ROWS = ("clustered_topk", "clustered_rank", "residual_stack")
 SMALL |= dict.fromkeys(OF_ROWS, "5k-d64-b8")
 ROUNDS, WARM_UP_ROUNDS = 5, 1

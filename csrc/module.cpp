@@ -16,12 +16,27 @@ py::dict build_config() {
   config["cuda_compiler"] = CPREC_CUDA_COMPILER;            // "" when nvcc was not there
   config["cuda_architectures"] = CPREC_CUDA_ARCHITECTURES;  // what csrc/cuda was compiled for
   py::list kernels;
-  for (const char* name :
-       {"block_embedding/cpu", "block_embedding_backward/cpu", "block_embedding_backward_sparse/cpu",
-        "block_embedding_backward_accumulate/cpu", "clustered_softmax/cpu", "clustered_softmax_backward/cpu",
-        "clustered_softmax_backward_into/cpu", "clustered_topk/cpu", "clustered_rank/cpu", "clustered_score/cpu",
-        "topk_index/cpu", "in_large_pages/cpu", "gather_taps/cpu", "gather_taps_backward/cpu", "residual_stack/cpu",
-        "row_adamw_/cpu", "row_adagrad_/cpu", "row_decay_/cpu"})
+  for (const char* name : {"block_embedding/cpu",
+                           "block_embedding_backward/cpu",
+                           "block_embedding_backward_sparse/cpu",
+                           "block_embedding_backward_accumulate/cpu",
+                           "clustered_softmax/cpu",
+                           "clustered_softmax_backward/cpu",
+                           "clustered_softmax_backward_into/cpu",
+                           "clustered_topk/cpu",
+                           "clustered_rank/cpu",
+                           "clustered_score/cpu",
+                           "topk_index/cpu",
+                           "in_large_pages/cpu",
+                           "gather_taps/cpu",
+                           "gather_taps_backward/cpu",
+                           "conv_norm_relu/cpu",
+                           "conv_norm_relu_backward/cpu",
+                           "dropout/cpu",
+                           "residual_stack/cpu",
+                           "row_adamw_/cpu",
+                           "row_adagrad_/cpu",
+                           "row_decay_/cpu"})
     kernels.append(name);
 #ifdef CPREC_WITH_CUDA
   kernels.append("block_embedding/cuda");

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STEMS = {"block_embedding", "clustered_softmax", "clustered_topk", "residual_stack", "row_optimizer", "topk_index"}
-STEMS |= {"gather_taps"}
+STEMS |= {"conv_norm_relu", "dropout", "gather_taps"}
 
 # Folder, suffix -> the stems that must have a file there today. A file there whose name is not a stem, and is not
 # listed beside it as shared by all ops, has lost its way. Kernels that come later add their stem here.
@@ -55,7 +55,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
         | {"clustered_topk_select"},
     ),
     ("csrc/include/cprec", ".h"): (
-        {"block_embedding", "clustered_softmax", "residual_stack", "row_optimizer", "topk_index"},
+        STEMS - {"clustered_topk", "gather_taps"},
         {"cpu", "dtype"},
     ),
     ("csrc/torch", ".cpp"): (
@@ -68,7 +68,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
         | {"token_groups", "topk_index_leaves", "topk_index_levels", "topk_index_query", "topk_index_search"},
     ),
     ("csrc/cpu", ".h"): (
-        {"block_embedding", "clustered_softmax", "residual_stack", "row_optimizer", "topk_index"},
+        STEMS - {"clustered_topk", "gather_taps"},
         {"block_embedding_backward", "half", "kernel_table", "math", "roofline", "softmax_block"}
         | {"softmax_count", "softmax_narrow", "transpose_x86", "vec_scalar", "vec_avx2", "vec_avx512"},
     ),
@@ -88,8 +88,8 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
         {"steps", "test_pending_decay", "test_rowwise_state"},
     ),
     ("benchmarks/ops", ".py"): (
-        # the index is in bench_clustered_topk; taps are a part of the steps that benchmarks.paper times
-        {f"bench_{stem}" for stem in STEMS - {"row_optimizer", "topk_index", "gather_taps"}},
+        # the index is in bench_clustered_topk; the others are a part of the steps that benchmarks.paper times
+        {f"bench_{stem}" for stem in STEMS - {"row_optimizer", "topk_index", "dropout", "gather_taps"}},
         {"__init__", "bench_train_step", "bench_clustered_rank", "pqtopk"},
     ),
 }

@@ -61,6 +61,9 @@ class TorchSoftmax(nn.Module):
 def torch_twin(twin: NextItNet) -> NextItNet:
     """The twin with ``nn.Embedding`` and :class:`TorchSoftmax` in place of our modules, with the same weights.
 
+    Its blocks are torch's products, norms and ReLUs one by one, without padding as ours are, and our ``gather_taps`` lays
+    their rows side by side: torch's own way to do that is slower.
+
     Raises:
         BenchmarkError: the model is not uncompressed.
     """
@@ -74,6 +77,7 @@ def torch_twin(twin: NextItNet) -> NextItNet:
     copied.embedding = embedding
     softmax: Any = TorchSoftmax(twin.softmax.packed_weights().weights[0])
     copied.softmax = softmax
+    copied.backbone.norms = nn.ModuleList(map(nn.Sequential, copied.backbone.norms))  # nothing that our kernel takes
     return copied
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
+from torch.nn import Parameter
 
 from .. import _backend
 
@@ -24,6 +25,16 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Whether plain tensors came, outside torch.compile: an op may then be called without the way through its registration."""
+    return not torch.compiler.is_compiling() and all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+
+
+def without_autocast() -> Any:
+    """A context in which no op narrows its inputs."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS)
 
 
 def define(schema: str) -> str:
@@ -48,7 +59,7 @@ def implement(op: str, check: Callable[..., None], check_values: Callable[..., N
         check_values(*args)
         tensor = args[anchor] if isinstance(args[anchor], Tensor) else args[anchor][0]
         # A backward called inside an autocast region must not have its inner products narrowed.
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        with without_autocast():
             return _backend.dispatch(op, tensor)(*args)
 
     LIBRARY.impl(op, run, "CompositeExplicitAutograd")
@@ -81,7 +92,7 @@ def autocast(op: str, rule: Callable[..., Any]) -> None:
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def kernel(*args: Any, _device_type: str = device_type) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            with without_autocast():
                 return rule(overload, torch.get_autocast_dtype(_device_type), *args)
 
         LIBRARY.impl(op, kernel, key)

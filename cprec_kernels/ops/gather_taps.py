@@ -17,6 +17,7 @@ from ._library import (
     define,
     fake,
     implement,
+    is_eager,
     not_twice_differentiable,
     refuse_tangents,
 )
@@ -144,6 +145,6 @@ def gather_taps(input: Tensor, rows: Tensor) -> Tensor:
         ValueError: shapes that do not fit, tensors on several devices.
     """
     refuse_tangents("gather_taps", input)
-    direct = type(input) is Tensor and type(rows) is Tensor and not torch.compiler.is_compiling()
+    direct = is_eager(input, rows)
     out: Tensor = _Direct.apply(input, rows) if direct else torch.ops.cprec.gather_taps(input, rows)  # type: ignore[no-untyped-call]
     return out

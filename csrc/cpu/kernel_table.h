@@ -4,6 +4,8 @@
 #include "cpu/block_embedding.h"
 #include "cpu/block_embedding_backward.h"
 #include "cpu/clustered_softmax.h"
+#include "cpu/conv_norm_relu.h"
+#include "cpu/dropout.h"
 #include "cpu/residual_stack.h"
 #include "cpu/roofline.h"
 #include "cpu/row_optimizer.h"
@@ -41,6 +43,9 @@
       cprec::CPREC_ISA::index_mark,                \
       cprec::CPREC_ISA::residual_stack,            \
       cprec::CPREC_ISA::residual_stack_workspace,  \
+      cprec::CPREC_ISA::norm_relu,                 \
+      cprec::CPREC_ISA::norm_relu_grad,            \
+      cprec::CPREC_ISA::dropout,                   \
       cprec::CPREC_ISA::row_adamw,                 \
       cprec::CPREC_ISA::row_adagrad,               \
       cprec::CPREC_ISA::row_scale,                 \

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "cpu/block_embedding.h"
+#include "cpu/conv_norm_relu.h"
 #include "cprec/residual_stack.h"
 
 namespace cprec::CPREC_ISA {
@@ -57,35 +58,6 @@ static inline void convolve(const float* inputs, const StackLayer& layer, int64_
   for (; c < width; ++c) convolve_tile<M, 1>(inputs, layer, columns, c, out);
 }
 
-// row = relu(norm(row)), and with `add` that added to it.
-static inline void norm_relu(float* row, const StackLayer& layer, int64_t width, float eps, float* add) {
-  const int64_t whole = width - width % Vec::kWidth;
-  const int left = static_cast<int>(width - whole);
-  Vec sum = Vec::zero();
-  for (int64_t c = 0; c < whole; c += Vec::kWidth) sum = Vec::add(sum, Vec::load(row + c));
-  if (left > 0) sum = Vec::add(sum, Vec::load_first(row + whole, left));
-  const Vec mean = Vec::broadcast(sum.sum() / static_cast<float>(width));
-  Vec squares = Vec::zero();
-  for (int64_t c = 0; c < width; c += Vec::kWidth) {
-    const int count = c < whole ? Vec::kWidth : left;
-    Vec::sub(Vec::load_first(row + c, count), mean).store_first(row + c, count);
-    const Vec centred = Vec::load_first(row + c, count);  // zeros behind the last column
-    squares = Vec::fma(centred, centred, squares);
-  }
-  const float variance = squares.sum() / static_cast<float>(width);
-  const Vec scale = Vec::div(Vec::broadcast(1.0f), Vec::sqrt(Vec::broadcast(variance + eps)));
-  for (int64_t c = 0; c < width; c += Vec::kWidth) {
-    const int count = c < whole ? Vec::kWidth : left;
-    const Vec gain = Vec::mul(scale, Vec::load_first(layer.norm_weight + c, count));
-    const Vec y = Vec::fma(Vec::load_first(row + c, count), gain, Vec::load_first(layer.norm_bias + c, count));
-    const Vec relu = Vec::max(Vec::zero(), y);  // in this order NaN stays NaN
-    if (add != nullptr)
-      Vec::add(Vec::load_first(add + c, count), relu).store_first(add + c, count);
-    else
-      relu.store_first(row + c, count);
-  }
-}
-
 // One layer at the places (count,) of a history. Rows of `in` and `out` are by place; with `add`, the result is added
 // there instead, and `out` holds kRows rows of scratch. `inputs`: kRows rows of (width, taps).
 static inline void apply_layer(const ResidualStack& stack, const StackLayer& layer, const uint8_t* is_item,
@@ -114,8 +86,10 @@ static inline void apply_layer(const ResidualStack& stack, const StackLayer& lay
       case 2: convolve<2>(inputs, layer, columns, width, to); break;
       default: convolve<1>(inputs, layer, columns, width, to); break;
     }
-    for (int m = 0; m < tile; ++m)
-      norm_relu(to[m], layer, width, stack.eps, add == nullptr ? nullptr : add + places[first + m] * width);
+    for (int m = 0; m < tile; ++m) {
+      float* sum = add == nullptr ? nullptr : add + places[first + m] * width;
+      norm_relu_row(to[m], layer.norm_weight, layer.norm_bias, width, stack.eps, sum, sum == nullptr ? to[m] : sum);
+    }
   }
 }
 

@@ -130,4 +130,21 @@ struct Vec {
 
 using Half = Vec;
 
+// Four counters of a generator of random numbers: numbers of 64 bits of which the low 32 count, if not said otherwise.
+struct Words {
+  static constexpr int kCount = 4;
+  __m256i v;
+  static Words broadcast(uint32_t x) { return {_mm256_set1_epi64x(x)}; }
+  static Words ascending(uint64_t first) {  // all 64 bits
+    return {_mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first)), _mm256_setr_epi64x(0, 1, 2, 3))};
+  }
+  static Words product(Words a, Words b) { return {_mm256_mul_epu32(a.v, b.v)}; }  // all 64 bits
+  static Words high(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
+  static Words either(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  void store(uint32_t* p) const {
+    const __m256i low = _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(low));
+  }
+};
+
 }  // namespace cprec::CPREC_ISA

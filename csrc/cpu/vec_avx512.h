@@ -164,4 +164,19 @@ struct Vec {
   __m256i narrow_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 };
 
+// Eight counters of a generator of random numbers: numbers of 64 bits of which the low 32 count, if not said otherwise.
+struct Words {
+  static constexpr int kCount = 8;
+  __m512i v;
+  static Words broadcast(uint32_t x) { return {_mm512_set1_epi64(x)}; }
+  static Words ascending(uint64_t first) {  // all 64 bits
+    return {
+        _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7))};
+  }
+  static Words product(Words a, Words b) { return {_mm512_mul_epu32(a.v, b.v)}; }  // all 64 bits
+  static Words high(Words a) { return {_mm512_srli_epi64(a.v, 32)}; }
+  static Words either(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  void store(uint32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(v)); }
+};
+
 }  // namespace cprec::CPREC_ISA

@@ -94,4 +94,16 @@ static inline void transpose_8x8(const float* in, int64_t in_stride, float* out,
     for (int c = 0; c < 8; ++c) out[c * out_stride + r] = in[r * in_stride + c];
 }
 
+// One counter of a generator of random numbers: a number of 64 bits of which the low 32 count, if not said otherwise.
+struct Words {
+  static constexpr int kCount = 1;
+  uint64_t v;
+  static Words broadcast(uint32_t x) { return {x}; }
+  static Words ascending(uint64_t first) { return {first}; }                                    // all 64 bits
+  static Words product(Words a, Words b) { return {(a.v & 0xffffffff) * (b.v & 0xffffffff)}; }  // all 64 bits
+  static Words high(Words a) { return {a.v >> 32}; }
+  static Words either(Words a, Words b) { return {a.v ^ b.v}; }
+  void store(uint32_t* p) const { *p = static_cast<uint32_t>(v); }
+};
+
 }  // namespace cprec::CPREC_ISA

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cprec.model.dropout import LEVELS, dropout
+from cprec.model.dropout import dropout
+from cprec_kernels.reference.dropout import LEVELS
 
 
 @pytest.mark.parametrize("p", [1e-3, 0.2, 0.5, 0.65, 0.999])
@@ -21,15 +23,6 @@ def test_zeros_come_with_probability_p_and_means_stay(p, dtype):
     out.backward(torch.full_like(out, 3.0))
     assert torch.equal(x.grad != 0, kept)
     torch.testing.assert_close(x.grad[kept], 3 * out[kept].detach())
-
-
-def test_lanes_of_a_word_are_independent():
-    """Every place of the four in a word, and pairs of neighbours, by their frequencies."""
-    out = dropout(torch.ones(1 << 20), 0.5, True).view(-1, 4) != 0
-    assert (out.double().mean(0) - 0.5).abs().max() < 5 * 0.5 / (1 << 9)
-    both = (out[:, :, None] & out[:, None, :]).double().mean(0)
-    both.fill_diagonal_(0.25)
-    assert (both - 0.25).abs().max() < 5 * 0.44 / (1 << 9)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (1,), (3, 1), (5, 7), ()], ids=str)
@@ -55,6 +48,19 @@ def test_nothing_is_dropped_in_evaluation_or_with_p_0():
     x = torch.randn(5)
     assert dropout(x, 0.5, False) is x
     assert dropout(x, 0.0, True) is x
+    assert torch.equal(dropout(x, 0.5, False, add=torch.ones(5)), 1 + x)
+    assert torch.equal(dropout(x, 0.0, True, add=torch.ones(5)), 1 + x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_it_is_added_to_stays_where_it_drops(dtype):
+    out = dropout(torch.ones(1000, dtype=dtype), 0.5, True, add=torch.full((1000,), 4.0, dtype=dtype))
+    assert sorted(set(out.tolist())) == [4.0, 6.0]
+
+
+def test_without_values_it_is_torchs():
+    with FakeTensorMode():
+        assert dropout(torch.ones(5), 0.5, True).shape == (5,)
 
 
 def test_what_is_compiled_is_torchs():

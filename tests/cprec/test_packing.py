@@ -2,19 +2,22 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.model import nextitnet as module
 from cprec.model.packing import Packing
+from cprec_kernels import functional
 
 K, D = 60, 8
 
 
-def make(block, kernel_size=3, dtype=torch.float64):
+def make(block, kernel_size=3, dtype=torch.float64, sharing="none"):
     torch.manual_seed(0)
     config = NextItNetConfig.from_plan(
-        K, D, [7, 20], [8, 4, 2], block=block, dilations=[1, 4], repeats=2, kernel_size=kernel_size, head_bias=True
-    )
+        K, D, [7, 20], [8, 4, 2], block=block, dilations=[1, 4], repeats=2, kernel_size=kernel_size, head_bias=True,
+        sharing=sharing,
+    )  # fmt: skip
     model = NextItNet(config).to(dtype)
     with torch.no_grad():
         for parameter in (*model.backbone.parameters(), *model.softmax.parameters()):
@@ -46,13 +49,13 @@ def packed(monkeypatch):
         count = 0
         off = False
 
-    def if_worth_it(is_item):
+    def where_possible(is_item):
         if Calls.off or not is_item.numel():
             return None
         Calls.count += 1
         return Packing(is_item)
 
-    monkeypatch.setattr(module.Packing, "if_worth_it", if_worth_it)
+    monkeypatch.setattr(module.Packing, "where_possible", where_possible)
     return Calls
 
 
@@ -90,14 +93,71 @@ def test_rows_before_have_the_gradient_of_finite_differences():
     assert torch.equal(packing.before([2], x)[2], x[1])  # across a place without an item
 
 
-def test_packing_is_for_much_padding_on_the_cpu():
+def test_packing_is_for_values_on_the_cpu():
     windows = torch.arange(40).view(4, 10) % K
-    windows[:, :2] = K
-    assert Packing.if_worth_it(windows != K) is None
-    windows[:, :3] = K
-    assert Packing.if_worth_it(windows != K) is not None
-    assert Packing.if_worth_it((windows != K).to("meta")) is None
-    assert Packing.if_worth_it(torch.ones(0, 10, dtype=torch.bool)) is None
+    assert Packing.where_possible(windows != K).tokens.tolist() == list(range(40))
+    assert Packing.where_possible((windows != K).to("meta")) is None
+    assert Packing.where_possible(torch.ones(0, 10, dtype=torch.bool)) is None
+    with FakeTensorMode() as mode:
+        assert Packing.where_possible(mode.from_tensor(windows) != K) is None
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The shapes of the rows that came to the kernel of a layer."""
+    shapes = []
+
+    def conv_norm_relu(input, rows, *args):
+        shapes.append((tuple(input.shape), tuple(rows.shape)))
+        return functional.conv_norm_relu(input, rows, *args)
+
+    monkeypatch.setattr(module, "conv_norm_relu", conv_norm_relu)
+    return shapes
+
+
+@pytest.mark.parametrize("name", batches())
+@pytest.mark.parametrize("kernel_size", [1, 2, 3])
+@pytest.mark.parametrize("sharing", ["none", "cross-layer", "adjacent-layer", "adjacent-block"])
+def test_layers_in_a_kernel_are_torchs(fused, monkeypatch, sharing, kernel_size, name):
+    model, windows = make("residual", kernel_size, torch.float32, sharing), batches()[name]
+    loss, gradients = loss_and_gradients(model, windows)
+    tokens = int((windows[:, :-1] != K).sum())
+    assert [own[0] for own in fused] == 8 * [(tokens, D)]
+    assert max(own[1][0] for own in fused) == min(kernel_size, windows.shape[1] - 1)
+    monkeypatch.setattr(module.ResidualStack, "_fuses", lambda self, x, packing: False)
+    expected, expected_gradients = loss_and_gradients(model, windows)
+    assert len(fused) == 8
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def test_layers_run_in_a_kernel_where_that_is_the_same(fused):
+    windows = batches()["left"]
+
+    def runs_fused(model, **autocast):
+        fused.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(autocast)):
+            model.loss(windows)
+        return bool(fused)
+
+    make_own = lambda: make("residual", dtype=torch.float32)  # noqa: E731
+    assert runs_fused(make_own())
+    assert runs_fused(make_own().train())
+    assert not runs_fused(make_own(), autocast=True)
+    assert not runs_fused(make("residual", dtype=torch.float64))
+    assert not runs_fused(make("residual", dtype=torch.bfloat16))
+    assert not runs_fused(make("bottleneck", dtype=torch.float32))
+    other_eps, replaced = make_own(), make_own()
+    for hook in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        for name in ("norms", "sets"):
+            hooked = make_own()
+            getattr(getattr(hooked.backbone, name)[1], f"register_{hook}")(lambda *args: None)
+            assert not runs_fused(hooked)
+    other_eps.backbone.norms[3].eps = 1e-3
+    replaced.backbone.norms[0] = torch.nn.Identity()
+    assert not runs_fused(other_eps)
+    assert not runs_fused(replaced)
 
 
 def test_dropout_in_training_is_of_items_alone():

@@ -18,6 +18,7 @@ def calls():
     tables, projections = make_embedding(PARTITION, torch.float32)
     weights = make_softmax(PARTITION)
     hidden, head = torch.randn(3, 8), weights.weights[0]
+    layer = torch.tensor([[0, 3, 2]]), torch.randn(8, 8, 1), torch.randn(8), torch.ones(8), torch.zeros(8)
     embed, loss = functional.block_embedding, functional.clustered_cross_entropy
     return {
         "embeddings": (lambda table: embed(IDS, [table, *tables[1:]], projections), tables[0]),
@@ -25,6 +26,10 @@ def calls():
         "input": (lambda given: loss(given, IDS, weights), hidden),
         "weights": (lambda given: loss(hidden, IDS, weights._replace(weights=[given, *weights.weights[1:]])), head),
         "terms": (lambda given: functional.clustered_target_terms(given, IDS, weights).lse_head, hidden),
+        "layer": (lambda given: functional.conv_norm_relu(given, *layer), hidden),
+        "norm": (lambda given: functional.conv_norm_relu(hidden, *layer[:3], given, layer[4]), layer[3]),
+        "dropout": (lambda given: functional.dropout(given, 0.5, 0), hidden),
+        "residual": (lambda given: functional.dropout(hidden, 0.5, 0, given), hidden),
         "taps": (lambda given: functional.gather_taps(given, torch.tensor([[0, 3, 2]])), hidden),
     }
 

@@ -7,6 +7,8 @@
 
 #include "cprec/block_embedding.h"
 #include "cprec/clustered_softmax.h"
+#include "cprec/conv_norm_relu.h"
+#include "cprec/dropout.h"
 #include "cprec/residual_stack.h"
 #include "cprec/row_optimizer.h"
 #include "cprec/topk_index.h"
@@ -61,6 +63,11 @@ struct CpuKernels {
   // Hidden states of the newest place of rows begin..end-1.
   void (*residual_stack)(const ResidualStack& stack, std::int64_t begin, std::int64_t end, float* workspace);
   std::int64_t (*residual_stack_workspace)(const ResidualStack& stack);  // floats
+  // Rows begin..end-1; backward also their sums (3, width): d_conv's, and the gradients of the norm's weight and bias.
+  void (*norm_relu)(const NormRelu& params, std::int64_t begin, std::int64_t end);
+  void (*norm_relu_grad)(const NormReluGrad& params, std::int64_t begin, std::int64_t end, float* sums);
+  // Blocks begin..end-1 of kDropoutBlock elements.
+  void (*dropout)(const Dropout& params, std::int64_t begin, std::int64_t end);
   // Gradients begin..end-1, or elements where no rows are named.
   void (*row_adamw)(const RowAdamWParams& params, std::int64_t begin, std::int64_t end);
   void (*row_adagrad)(const RowAdagradParams& params, std::int64_t begin, std::int64_t end);

@@ -17,7 +17,7 @@ from cprec.model.config import NextItNetConfig
 from cprec.model.dropout import dropout
 from cprec.model.packing import Packing, is_traced
 from cprec.model.sharing import parameter_sets
-from cprec_kernels.functional import residual_stack
+from cprec_kernels.functional import conv_norm_relu, residual_stack
 from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss, TiedBlocks
 
 WEIGHT_STD = 0.02  # of the truncated normal that the authors' code draws convolution weights from
@@ -64,19 +64,19 @@ class CausalConv(nn.Module):
         return out
 
     def _packed(self, x: Tensor, dilation: int, packing: Packing) -> Tensor:
-        lags = self._lags(dilation, packing.shape[1])
+        lags = self.lags(dilation, packing.shape[1])
         return self._product(x if len(lags) == 1 else packing.before(lags, x), len(lags))
 
     def _in_one_product(self, x: Tensor, dilation: int) -> Tensor:
         """On a GPU, where what is small costs a launch: forward and backward take 11 kernels, tap by tap 36."""
-        lags = self._lags(dilation, x.shape[1])
+        lags = self.lags(dilation, x.shape[1])
         if len(lags) > 1:
             # A trace that is to be saved takes no function of Python's.
             plain = is_traced() or not torch.is_grad_enabled()
             x = side_by_side(x, lags) if plain else TapsSideBySide.apply(x, lags)  # type: ignore[no-untyped-call]
         return self._product(x, len(lags))
 
-    def _lags(self, dilation: int, length: int) -> list[int]:
+    def lags(self, dilation: int, length: int) -> list[int]:
         """How many places back the taps look, those that reach a place of the window; the furthest first."""
         reach = min(self.weight.shape[2] - 1, max(length - 1, 0) // dilation)
         return [tap * dilation for tap in range(reach, -1, -1)]
@@ -180,8 +180,10 @@ class ResidualStack(nn.Module):
             packing: where the rows of ``x`` lie, if padding was left out.
         """
         branch = self._residual if self.block == "residual" else self._bottleneck
+        if self._fuses(x, packing):
+            branch = self._fused
         for index, dilation in enumerate(self.dilations):
-            x = x + dropout(branch(index, dilation, x, mask, packing), self.dropout, self.training)
+            x = dropout(branch(index, dilation, x, mask, packing), self.dropout, self.training, add=x)
         return x
 
     def _residual(self, index: int, dilation: int, x: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
@@ -192,6 +194,20 @@ class ResidualStack(nn.Module):
             x = _masked(F.relu(self.norms[2 * index + layer](x)), mask)
         return x
 
+    def _fused(self, index: int, dilation: int, x: Tensor, mask: Tensor | None, packing: Any) -> Tensor:
+        """:meth:`_residual` of packed rows, a layer at a time in a kernel."""
+        for layer, set_index in enumerate(self.set_of[index]):
+            conv: Any = self.sets[set_index]
+            norm: Any = self.norms[2 * index + layer]
+            rows = packing.rows(conv.lags(dilation << layer, packing.shape[1]))
+            x = conv_norm_relu(x, rows, conv.weight, conv.bias, norm.weight, norm.bias, NORM_EPS)
+        return x
+
+    def _fuses(self, x: Tensor, packing: Packing | None) -> bool:
+        plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        as_made = packing is not None and plain and self._is_as_made()
+        return as_made and all(own.dtype == x.dtype for own in self.parameters())
+
     def _bottleneck(self, index: int, dilation: int, x: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
         norms = [self.norms[3 * index + i] for i in range(3)]
         branch: Tensor = self.sets[self.set_of[index][0]](x, norms, dilation, mask, packing)
@@ -200,15 +216,10 @@ class ResidualStack(nn.Module):
     def layers(self) -> dict[str, Any] | None:
         """Residual blocks as :func:`cprec_kernels.functional.residual_stack` takes them; None where they are others than
         this class makes: bottleneck blocks, or a part that was replaced, parametrised, hooked or given another eps."""
+        if not self._is_as_made():
+            return None
         # Not by attribute, which in a module is a look-up of its own each time: serving asks for all of them per call.
         sets, norms = self.sets._modules.values(), self.norms._modules.values()
-        as_made = (
-            self.block == "residual"
-            and all(type(own) is CausalConv and not _is_hooked(own) for own in sets)
-            and all(type(own) is nn.LayerNorm and own.eps == NORM_EPS and not _is_hooked(own) for own in norms)
-        )
-        if not as_made:
-            return None
         set_parameters: list[Any] = [own._parameters for own in sets if own is not None]
         norm_parameters: list[Any] = [own._parameters for own in norms if own is not None]
         return {
@@ -220,6 +231,14 @@ class ResidualStack(nn.Module):
             "dilations": [min(dilation, MOST_LAG) << layer for dilation in self.dilations for layer in range(2)],
             "eps": NORM_EPS,
         }
+
+    def _is_as_made(self) -> bool:
+        sets, norms = self.sets._modules.values(), self.norms._modules.values()
+        return (
+            self.block == "residual"
+            and all(type(own) is CausalConv and not _is_hooked(own) for own in sets)
+            and all(type(own) is nn.LayerNorm and own.eps == NORM_EPS and not _is_hooked(own) for own in norms)
+        )
 
     def extra_repr(self) -> str:
         return f"block={self.block!r}, sharing={self.sharing!r}, dilations={self.dilations}"
@@ -377,7 +396,7 @@ class NextItNet(nn.Module):
         # Compiled or replaced parts get what they always got: shapes that do not depend on values, and a mask.
         backbone = self.backbone
         ours = type(backbone) is ResidualStack and all(isinstance(own, PACKABLE) for own in backbone.sets)
-        return Packing.if_worth_it(is_item) if ours else None
+        return Packing.where_possible(is_item) if ours else None
 
     def _fused_form(self, histories: Tensor) -> dict[str, Any] | None:
         """What the kernel that takes histories to the hidden states of their newest items needs; None where it must not
@@ -396,7 +415,8 @@ class NextItNet(nn.Module):
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _check_ids(name: str, ids: Tensor, dim: int) -> None:

@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from cprec_kernels.functional import gather_taps
 
-WORTH_IT = 0.75  # of all places: with more items than that, fetching rows costs what leaving padding out saves
-
 
 class Packing:
     """Where the T items of a padded batch (B, L) lie.
@@ -35,13 +33,13 @@ class Packing:
         self._found: dict[int, Tensor] = {}
 
     @classmethod
-    def if_worth_it(cls, is_item: Tensor) -> Packing | None:
-        """None where padding is better kept: little of it, another device than the CPU, and while torch compiles, traces or
-        computes shapes alone, which wants shapes that do not depend on values."""
+    def where_possible(cls, is_item: Tensor) -> Packing | None:
+        """None on devices other than the CPU, and while torch compiles, traces or computes shapes alone, which wants shapes
+        that do not depend on values. On the CPU packed batches are faster even where they hold no padding."""
         shapes_alone = torch.compiler.is_compiling() or is_traced() or type(is_item) is not Tensor
         if shapes_alone or is_item.device.type != "cpu" or not is_item.numel():
             return None
-        return cls(is_item) if int(is_item.sum()) <= WORTH_IT * is_item.numel() else None
+        return cls(is_item)
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, L, ...) -> (T, ...)."""
@@ -57,7 +55,11 @@ class Packing:
 
     def before(self, lags: Sequence[int], x: Tensor) -> Tensor:
         """(T, d) -> (T, taps d): the rows so many places earlier, side by side; zeros where no item is there."""
-        return gather_taps(x, torch.stack([self._token(lag) for lag in lags]))
+        return gather_taps(x, self.rows(lags))
+
+    def rows(self, lags: Sequence[int]) -> Tensor:
+        """(taps, T): the tokens so many places before every token, T where none is."""
+        return torch.stack([self._token(lag) for lag in lags])
 
     def _token(self, lag: int) -> Tensor:
         """(T,): the token ``lag`` places before every token, T where none is."""
