@@ -4,6 +4,8 @@ Histories hold 1..20 items, as many of one length as of any other, without paddi
 ops on the same parameters: "torch-linear" gathers the rows of the taps and multiplies once, "torch-conv1d" takes the histories
 padded to 20 places, as models mostly do, and is compared at the items.
 
+The matrix products are torch's in every row, so roofs are those of the widest instruction set.
+
 Model of work: products 2 d^2 for every tap of every row, padded ones included where they are computed, forward and twice
 backward; bytes: input and output, the weights, and all of their gradients, once per pass.
 """
@@ -139,7 +141,6 @@ def ours_in(isa: str) -> Provider:
         f"cprec-{isa}",
         prepare(ours),
         work(),
-        isa=isa,
         scope=functools.partial(forced_isa, isa),
         missing=lambda setting: float32_only(setting) or missing(setting),
     )
