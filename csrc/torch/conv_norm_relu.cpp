@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -133,15 +134,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_relu_backward_cpu(
       kernels.norm_relu_grad(params, part * kSumRows, std::min(tokens, (part + 1) * kSumRows),
                              sums.data() + part * 3 * channels);
   });
+  std::vector<double> totals(static_cast<size_t>(3 * channels));
+  for (size_t part = 0; part < sums.size(); part += totals.size())
+    for (size_t i = 0; i < totals.size(); ++i) totals[i] += sums[part + i];
   std::vector<Tensor> vectors;
   for (int64_t i = 0; i < 3; ++i) {
     vectors.push_back(at::empty({channels}, weight.options()));
     float* total = vectors.back().mutable_data_ptr<float>();
-    for (int64_t c = 0; c < channels; ++c) {
-      double sum = 0;
-      for (int64_t part = 0; part < parts; ++part) sum += sums[static_cast<size_t>((part * 3 + i) * channels + c)];
-      total[c] = static_cast<float>(sum);
-    }
+    for (int64_t c = 0; c < channels; ++c) total[c] = static_cast<float>(totals[static_cast<size_t>(i * channels + c)]);
   }
   const Tensor d_weight = unpack_kernel(at::mm(d_conv.t(), taken), taps, weight.size(2));
   const Tensor d_input = cprec::scatter_rows(at::mm(d_conv, pack_kernel(kernel, taps)), rows, num_rows);

@@ -31,6 +31,7 @@ class Packing:
         nowhere = self.tokens.numel()
         self._token_at = torch.where(flat, flat.cumsum(0) - 1, nowhere).view(self.shape)
         self._found: dict[int, Tensor] = {}
+        self._rows: dict[tuple[int, ...], Tensor] = {}
 
     @classmethod
     def where_possible(cls, is_item: Tensor) -> Packing | None:
@@ -59,7 +60,10 @@ class Packing:
 
     def rows(self, lags: Sequence[int]) -> Tensor:
         """(taps, T): the tokens so many places before every token, T where none is."""
-        return torch.stack([self._token(lag) for lag in lags])
+        key = tuple(lags)
+        if key not in self._rows:
+            self._rows[key] = torch.stack([self._token(lag) for lag in lags])
+        return self._rows[key]
 
     def _token(self, lag: int) -> Tensor:
         """(T,): the token ``lag`` places before every token, T where none is."""
