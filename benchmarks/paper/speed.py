@@ -62,7 +62,7 @@ def torch_twin(twin: NextItNet) -> NextItNet:
     """The twin with ``nn.Embedding`` and :class:`TorchSoftmax` in place of our modules, with the same weights.
 
     Its blocks are torch's products, norms and ReLUs one by one, without padding as ours are, and our ``gather_taps`` lays
-    their rows side by side: torch's own way to do that is slower.
+    their rows side by side and our ``dropout`` drops: torch's own ways to do that are slower.
 
     Raises:
         BenchmarkError: the model is not uncompressed.

@@ -51,6 +51,13 @@ def _fails(kernel: FutureKernel) -> bool:
     return False
 
 
+def _forget_placeholders(launch: Launch) -> None:
+    """Triton 3.7 and 3.8 leave in a kernel's cache what stands for one that failed, and would take it for compiled."""
+    for kernels, *_ in launch.kernel.device_caches.values():
+        for key in [key for key, kernel in kernels.items() if isinstance(kernel, FutureKernel)]:
+            del kernels[key]
+
+
 def compile_all(launches: Iterable[Launch], device: torch.device) -> int:
     """Compile the variants among ``launches`` for a device, in threads; returns how many were not compiled already.
 
@@ -73,6 +80,7 @@ def compile_all(launches: Iterable[Launch], device: torch.device) -> int:
             new = [(launch, kernel) for launch, kernel in started if isinstance(kernel, FutureKernel)]
             failed = [launch for launch, kernel in new if _fails(kernel)]
         for launch in failed:
+            _forget_placeholders(launch)
             try:
                 _compile(launch)
             except Exception as error:

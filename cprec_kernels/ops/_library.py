@@ -28,8 +28,11 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 
 
 def is_eager(*tensors: Tensor) -> bool:
-    """Whether plain tensors came, outside torch.compile: an op may then be called without the way through its registration."""
-    return not torch.compiler.is_compiling() and all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+    """Whether plain tensors came, and neither torch.compile nor torch.jit.trace looks on: an op may then be called without
+    the way through its registration."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return False
+    return all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
 
 
 def without_autocast() -> Any:

@@ -33,7 +33,8 @@ FORWARD = define(
 )
 BACKWARD = define(
     "conv_norm_relu_backward(Tensor grad, Tensor rows, Tensor weight, Tensor norm_weight, Tensor out,"
-    " Tensor side_by_side, Tensor conv, Tensor stats, int num_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " Tensor side_by_side, Tensor conv, Tensor stats, SymInt num_rows, bool want_input, bool want_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 NATIVE_DTYPES = (torch.float32,)
 
@@ -90,13 +91,19 @@ def _check_backward(
     conv: Tensor,
     stats: Tensor,
     num_rows: int,
+    want_input: bool,
+    want_weight: bool,
 ) -> None:
+    if weight.dim() != 3 or weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"weight must be (channels, d, kernel size), got {tuple(weight.shape)}")
     _check_rows(rows, weight, grad)
     (taps, tokens), (channels, width, _) = rows.shape, weight.shape
     rows_of = {"grad": grad, "out": out, "conv": conv}
     shapes: dict[str, tuple[Tensor, tuple[int, ...]]]
     shapes = {name: (tensor, (tokens, channels)) for name, tensor in rows_of.items()}
-    shapes |= {"norm_weight": (norm_weight, (channels,)), "side_by_side": (side_by_side, (tokens, taps * width))}
+    shapes["norm_weight"] = norm_weight, (channels,)
+    if want_weight:
+        shapes["side_by_side"] = side_by_side, (tokens, taps * width)
     _check_kind(shapes, weight, "weight")
     _check_kind({"stats": (stats, (tokens, 2))}, weight.new_empty(0, dtype=accumulate_dtype(weight.dtype)), "the norm")
 
@@ -109,7 +116,7 @@ def _reference(input: Tensor, rows: Tensor, *args: Any) -> tuple[Tensor, Tensor,
 
 def _reference_backward(grad: Tensor, rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_backward(grad, rows, *args)
-    check_ids(rows, args[-1] + 1, "rows")
+    check_ids(rows, args[-3] + 1, "rows")
     return ref.conv_norm_relu_backward(grad, rows, *args)
 
 
@@ -134,9 +141,10 @@ def _fake_backward(
     grad: Tensor, rows: Tensor, weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_backward(grad, rows, weight, *args)
-    channels, width, _ = weight.shape
+    (channels, width, _), (num_rows, want_input, want_weight) = weight.shape, args[-3:]
     bias, norm_weight, norm_bias = (grad.new_empty(channels) for _ in range(3))
-    return grad.new_empty(args[-1], width), torch.empty_like(weight), bias, norm_weight, norm_bias
+    input = grad.new_empty((num_rows, width) if want_input else 0)
+    return input, grad.new_empty(weight.shape if want_weight else 0), bias, norm_weight, norm_bias
 
 
 fake(FORWARD, _fake)
@@ -145,23 +153,31 @@ fake(BACKWARD, _fake_backward)
 # Autograd
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     input, rows, weight, _, norm_weight, *_ = inputs
+    out, side_by_side, conv, stats = output
+    if not ctx.needs_input_grad[2]:  # the largest by far, and for the weight's gradient alone
+        side_by_side = side_by_side.new_empty(0)
     ctx.num_rows = input.shape[0]
-    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros for what is kept would be written for nobody
-    ctx.save_for_backward(rows, weight, norm_weight, *output)
+    ctx.save_for_backward(rows, weight, norm_weight, out, side_by_side, conv, stats)
 
 
-def _gradients(backward: Any, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _keep(ctx, inputs, output)
+
+
+def _gradients(backward: Any, ctx: Any, saved: tuple[Tensor, ...], grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
-    input, *parameters = backward(grad, *ctx.saved_tensors, ctx.num_rows)
-    return (input, None, *parameters, None)
+    want_input, _, want_weight, *_ = ctx.needs_input_grad
+    input, weight, *vectors = backward(grad, *saved, ctx.num_rows, want_input, want_weight)
+    return (input if want_input else None, None, weight if want_weight else None, *vectors, None)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *kept: None) -> tuple[Tensor | None, ...]:
-    return _gradients(torch.ops.cprec.conv_norm_relu_backward, ctx, grad)
+    return _gradients(torch.ops.cprec.conv_norm_relu_backward, ctx, ctx.saved_tensors, grad)
 
 
 autograd(FORWARD, _backward, _setup_context)
@@ -175,18 +191,16 @@ class _Direct(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         with without_autocast():
             output = _backend.dispatch(FORWARD, inputs[0])(*inputs)
-        input, rows, weight, _, norm_weight, *_ = inputs
-        ctx.num_rows = input.shape[0]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rows, weight, norm_weight, *output)
+        _keep(ctx, inputs, output)
         out: Tensor = output[0]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: whoever packs them, such as a checkpoint, may not unpack them again
         with without_autocast():
-            return _gradients(_backend.dispatch(BACKWARD, ctx.saved_tensors[1]), ctx, grad)
+            return _gradients(_backend.dispatch(BACKWARD, saved[1]), ctx, saved, grad)
 
 
 # Public
@@ -205,8 +219,8 @@ def conv_norm_relu(
     3b) where a batch holds items without their padding.
 
     The convolution is ``torch.nn.functional.linear`` of :func:`gather_taps` with the last taps of ``weight``. On the CPU in
-    float32 what surrounds torch's matrix products is one pass forward and one backward, and the products' operands are
-    the only things kept; other dtypes and devices take torch's own ops. Differentiable once, in reverse. It has no
+    float32 what surrounds torch's matrix products is one pass forward and one backward. Kept for the gradient are the
+    rows side by side, the product, the result and two numbers a row. Other dtypes and devices take torch's own ops. Differentiable once, in reverse. It has no
     autocast rule: it computes in the dtype that it is given.
 
     Args:

@@ -13,7 +13,7 @@ from ._library import autograd, define, fake, implement, is_eager, refuse_tangen
 
 # Schema
 
-DROPOUT = define("dropout(Tensor input, float p, int seed, Tensor? add=None) -> Tensor")
+DROPOUT = define("dropout(Tensor input, float p, SymInt seed, Tensor? add=None) -> Tensor")
 NATIVE_DTYPES = (torch.float32,)
 
 # Implementations
@@ -55,11 +55,12 @@ fake(DROPOUT, _fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.p, ctx.seed, ctx.add = *inputs[:3], inputs[3] is not None
+    _, ctx.p, ctx.seed, *_ = inputs  # torch leaves an add of None out
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
-    return torch.ops.cprec.dropout(grad, ctx.p, ctx.seed, None), None, None, grad if ctx.add else None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+    wanted, add = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
+    return torch.ops.cprec.dropout(grad, ctx.p, ctx.seed, None) if wanted else None, None, None, grad if add else None
 
 
 autograd(DROPOUT, _backward, _setup_context)
@@ -75,8 +76,9 @@ class _Direct(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
-        return dropout(grad, ctx.p, ctx.seed), None, None, grad if ctx.add else None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+        wanted, _, _, add = ctx.needs_input_grad
+        return dropout(grad, ctx.p, ctx.seed) if wanted else None, None, None, grad if add else None
 
 
 # Public
@@ -87,14 +89,14 @@ def dropout(input: Tensor, p: float, seed: int, add: Tensor | None = None) -> Te
 
     On the CPU in float32 it is one pass that draws 16 bits an element and keeps no mask: the backward pass draws them
     again. An element's bits come from Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011),
-    so a result does not depend on threads or instruction set. Give every call a seed of its own, for example
+    so a mask depends on neither threads nor instruction set. Give every call a seed of its own, for example
     ``int(torch.empty((), dtype=torch.int64).random_())``.
 
     Args:
         input: of any shape and floating dtype.
         p: probability of a zero, 0 <= p < 1, rounded to a multiple of 2^-16; what is kept is divided by the probability
             that this leaves.
-        seed: 64 bits.
+        seed: an int of 64 bits, signed.
         add: None, or what to add the result to, of the shape, dtype and device of ``input``.
 
     Returns:

@@ -25,7 +25,7 @@ from ._library import (
 # Schema
 
 FORWARD = define("gather_taps(Tensor input, Tensor rows) -> Tensor")
-BACKWARD = define("gather_taps_backward(Tensor grad, Tensor rows, int num_rows) -> Tensor")
+BACKWARD = define("gather_taps_backward(Tensor grad, Tensor rows, SymInt num_rows) -> Tensor")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Implementations

@@ -39,8 +39,10 @@ def conv_norm_relu_backward(
     conv: Tensor,
     stats: Tensor,
     num_rows: int,
+    want_input: bool = True,
+    want_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, weight, bias, and the norm's weight and bias, from that of the result."""
+    """Gradients of input, weight, bias, and the norm's weight and bias, from that of the result; empty if not wanted."""
     taps, (channels, width, size), dtype = rows.shape[0], weight.shape, grad.dtype
     grad = torch.where(out > 0, grad, 0).to(stats.dtype)
     normed = (conv - stats[:, :1]) * stats[:, 1:]
@@ -49,7 +51,10 @@ def conv_norm_relu_backward(
     d_conv = stats[:, 1:] * (pulled - pulled.mean(1, keepdim=True) - normed * along)
     d_bias, d_norm_weight, d_norm_bias = (own.sum(0).to(dtype) for own in (d_conv, grad * normed, grad))
     d_conv = d_conv.to(dtype)
-    d_weight = weight.new_zeros(channels, width, size)
-    d_weight[:, :, size - taps :] = (d_conv.T @ side_by_side).view(channels, taps, width).transpose(1, 2)
-    d_input = gather_taps_backward(d_conv @ kernel_rows(weight, taps), rows, num_rows)
+    d_weight, d_input = weight.new_empty(0), weight.new_empty(0)
+    if want_weight:
+        d_weight = weight.new_zeros(channels, width, size)
+        d_weight[:, :, size - taps :] = (d_conv.T @ side_by_side).view(channels, taps, width).transpose(1, 2)
+    if want_input:
+        d_input = gather_taps_backward(d_conv @ kernel_rows(weight, taps), rows, num_rows)
     return d_input, d_weight, d_bias, d_norm_weight, d_norm_bias

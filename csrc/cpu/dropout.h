@@ -18,9 +18,9 @@ static inline void random_words(uint64_t seed, uint64_t first, uint32_t (*words)
   Words a = Words::ascending(first), b = Words::high(a), c = Words::broadcast(0), d = c;
   for (int round = 0; round < 10; ++round) {
     const Words own = Words::product(multiplier0, a), other = Words::product(multiplier1, c);
-    a = Words::either(Words::either(Words::high(other), b), Words::broadcast(key0));
+    a = Words::exclusive_or(Words::exclusive_or(Words::high(other), b), Words::broadcast(key0));
     b = other;
-    c = Words::either(Words::either(Words::high(own), d), Words::broadcast(key1));
+    c = Words::exclusive_or(Words::exclusive_or(Words::high(own), d), Words::broadcast(key1));
     d = own;
     key0 += 0x9E3779B9;
     key1 += 0xBB67AE85;

@@ -140,7 +140,7 @@ struct Words {
   }
   static Words product(Words a, Words b) { return {_mm256_mul_epu32(a.v, b.v)}; }  // all 64 bits
   static Words high(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
-  static Words either(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  static Words exclusive_or(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
   void store(uint32_t* p) const {
     const __m256i low = _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(low));

@@ -175,7 +175,7 @@ struct Words {
   }
   static Words product(Words a, Words b) { return {_mm512_mul_epu32(a.v, b.v)}; }  // all 64 bits
   static Words high(Words a) { return {_mm512_srli_epi64(a.v, 32)}; }
-  static Words either(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  static Words exclusive_or(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
   void store(uint32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(v)); }
 };
 

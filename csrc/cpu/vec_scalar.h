@@ -102,7 +102,7 @@ struct Words {
   static Words ascending(uint64_t first) { return {first}; }                                    // all 64 bits
   static Words product(Words a, Words b) { return {(a.v & 0xffffffff) * (b.v & 0xffffffff)}; }  // all 64 bits
   static Words high(Words a) { return {a.v >> 32}; }
-  static Words either(Words a, Words b) { return {a.v ^ b.v}; }
+  static Words exclusive_or(Words a, Words b) { return {a.v ^ b.v}; }
   void store(uint32_t* p) const { *p = static_cast<uint32_t>(v); }
 };
 

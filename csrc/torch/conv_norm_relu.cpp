@@ -30,7 +30,8 @@ struct Plain {
 
 // A parameter of the given shape, contiguous.
 Tensor checked(const Tensor& tensor, at::IntArrayRef shape, const char* name) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, name, " is ", tensor.scalar_type(), ", input is Float");
+  TORCH_CHECK_TYPE(tensor.defined(), name, " is None: a tensor is needed");
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, name, " is ", tensor.scalar_type(), ", and must be Float");
   TORCH_CHECK_VALUE(tensor.is_cpu() && tensor.sizes() == shape, name, " must be ", shape, " on the CPU, got ",
                     tensor.sizes(), " on ", tensor.device());
   return tensor.contiguous();
@@ -103,7 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_relu_cpu(const Tensor& inpu
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_relu_backward_cpu(
     const Tensor& grad, const Tensor& named, const Tensor& weight, const Tensor& norm_weight, const Tensor& out,
-    const Tensor& side_by_side, const Tensor& conv, const Tensor& stats, int64_t num_rows) {
+    const Tensor& side_by_side, const Tensor& conv, const Tensor& stats, int64_t num_rows, bool want_input,
+    bool want_weight) {
   TORCH_CHECK_VALUE(num_rows >= 0, "num_rows = ", num_rows, " is negative");
   TORCH_CHECK_VALUE(weight.dim() == 3 && weight.size(0) >= 1 && weight.size(1) >= 1,
                     "weight must be (channels, d, kernel size), got ", weight.sizes());
@@ -114,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_relu_backward_cpu(
   const Tensor kernel = checked(weight, weight.sizes(), "weight");
   const Tensor gain = checked(norm_weight, {channels}, "norm_weight");
   const Tensor from = checked(grad, {tokens, channels}, "grad"), relu = checked(out, {tokens, channels}, "out");
-  const Tensor taken = checked(side_by_side, {tokens, taps * width}, "side_by_side");
+  const Tensor taken = want_weight ? checked(side_by_side, {tokens, taps * width}, "side_by_side") : Tensor();
   const Tensor product = checked(conv, {tokens, channels}, "conv"), moments = checked(stats, {tokens, 2}, "stats");
   const Plain plain;
   const Tensor d_conv = at::empty_like(product);
@@ -143,8 +145,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_relu_backward_cpu(
     float* total = vectors.back().mutable_data_ptr<float>();
     for (int64_t c = 0; c < channels; ++c) total[c] = static_cast<float>(totals[static_cast<size_t>(i * channels + c)]);
   }
-  const Tensor d_weight = unpack_kernel(at::mm(d_conv.t(), taken), taps, weight.size(2));
-  const Tensor d_input = cprec::scatter_rows(at::mm(d_conv, pack_kernel(kernel, taps)), rows, num_rows);
+  Tensor d_input = at::empty({0}, weight.options()), d_weight = at::empty({0}, weight.options());
+  if (want_weight) d_weight = unpack_kernel(at::mm(d_conv.t(), taken), taps, weight.size(2));
+  if (want_input) d_input = cprec::scatter_rows(at::mm(d_conv, pack_kernel(kernel, taps)), rows, num_rows);
   return {d_input, d_weight, vectors[0], vectors[1], vectors[2]};
 }
 
@@ -156,7 +159,8 @@ TORCH_LIBRARY_FRAGMENT(cprec_native, m) {
       "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "conv_norm_relu_backward(Tensor grad, Tensor rows, Tensor weight, Tensor norm_weight, Tensor out, Tensor "
-      "side_by_side, Tensor conv, Tensor stats, int num_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "side_by_side, Tensor conv, Tensor stats, int num_rows, bool want_input, bool want_weight) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(cprec_native, CPU, m) {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.model import nextitnet as module
@@ -156,12 +157,56 @@ def test_layers_run_in_a_kernel_where_that_is_the_same(fused):
             assert not runs_fused(hooked)
     other_eps.backbone.norms[3].eps = 1e-3
     replaced.backbone.norms[0] = torch.nn.Identity()
+    forwards = make_own()
+    forwards.backbone.sets[1].forward = forwards.backbone.sets[1].forward
+    assert not runs_fused(forwards)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert not runs_fused(make_own())
+    finally:
+        handle.remove()
+    without_bias, without_affine = make_own(), make_own()
+    without_bias.backbone.sets[2].bias = None
+    without_affine.backbone.norms[2] = torch.nn.LayerNorm(D, eps=1e-8, elementwise_affine=False)
+    for partial in (without_bias, without_affine):
+        assert not runs_fused(partial)
+        assert torch.equal(partial.eval().topk(windows, 5)[1], partial.topk(windows, 5)[1])
     assert not runs_fused(other_eps)
     assert not runs_fused(replaced)
 
 
-def test_dropout_in_training_is_of_items_alone():
-    model = make("residual").train()
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_step_can_be_checkpointed(fused, reentrant):
+    windows = batches()["left"]
+    model = make("residual", dtype=torch.float32)
+    model.backbone.dropout = 0.5
+    torch.manual_seed(5)
+    loss, expected = loss_and_gradients(model.train(), windows)
+    assert fused
+    model.zero_grad()
+    torch.manual_seed(5)
+    again = checkpoint(lambda _: model.loss(windows), torch.ones(1, requires_grad=True), use_reentrant=reentrant)
+    again.backward()
+    assert torch.equal(again, loss)
+    assert all(map(torch.equal, (parameter.grad for parameter in model.parameters()), expected))
+
+
+def test_what_is_compiled_in_place_gets_one_shape():
+    windows, shapes = batches()["left"], []
+    for part in ("backbone", "backbone.sets.1"):
+        model = make("residual", dtype=torch.float32)
+        expected = model.loss(windows)
+        model.get_submodule(part).compile(backend=lambda graph, inputs: shapes.append(len(inputs)) or graph)
+        torch.testing.assert_close(model.loss(windows), expected)
+        model.loss(windows.flip(0)[:, torch.arange(12)])
+        count = len(shapes)
+        model.loss(windows.roll(1, 0))
+        assert len(shapes) == count > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dropout_in_training_is_of_items_alone(dtype):
+    model = make("residual", dtype=dtype).train()
     model.backbone.dropout = 0.5
     windows = batches()["left"]
     hidden = model(windows)

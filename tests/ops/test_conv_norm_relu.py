@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cprec_kernels import functional, use_backend
 from cprec_kernels.reference import conv_norm_relu as reference
@@ -226,7 +229,7 @@ def test_integers_are_refused():
 def test_backward_refuses_what_does_not_fit(cpu_backend):
     args = [own.detach() if isinstance(own, torch.Tensor) else own for own in make()]
     out, *kept = torch.ops.cprec.conv_norm_relu(*args)
-    fits = [torch.ones(150, 13), args[ROWS], args[WEIGHT], args[NORM_WEIGHT], out, *kept, 23]
+    fits = [torch.ones(150, 13), args[ROWS], args[WEIGHT], args[NORM_WEIGHT], out, *kept, 23, True, True]
     torch.ops.cprec.conv_norm_relu_backward(*fits)
     wrong = {
         0: torch.ones(149, 13),
@@ -240,7 +243,9 @@ def test_backward_refuses_what_does_not_fit(cpu_backend):
         with pytest.raises(ValueError, match=r"must be .* got"):
             torch.ops.cprec.conv_norm_relu_backward(*fits[:place], other, *fits[place + 1 :])
     with pytest.raises(IndexError, match=r"outside 0\.\.5"):
-        torch.ops.cprec.conv_norm_relu_backward(*fits[:-1], 5)
+        torch.ops.cprec.conv_norm_relu_backward(*fits[:-3], 5, True, True)
+    with pytest.raises(ValueError, match=r"weight must be \(channels, d, kernel size\)"):
+        torch.ops.cprec.conv_norm_relu_backward(*fits[:2], torch.ones(13, 17), *fits[3:])
 
 
 def test_not_twice_differentiable():
@@ -263,6 +268,52 @@ def test_some_gradients_alone(cpu_backend):
     assert torch.equal(torch.autograd.grad(out.square().sum(), frozen[BIAS])[0], expected[0])
 
 
+def test_what_is_frozen_costs_nothing(cpu_backend):
+    """Neither a gradient nor, without one of the weight, the rows side by side, the largest thing kept."""
+    args = make()
+    grads, kept = torch.autograd.grad(functional.conv_norm_relu(*args).square().sum(), leaves(args)), []
+    for call in (functional.conv_norm_relu, lambda *own: torch.ops.cprec.conv_norm_relu(*own)[0]):
+        for place, expected in zip((INPUT, WEIGHT), grads, strict=False):
+            own = [arg.detach() if arg_place not in (ROWS, EPS) else arg for arg_place, arg in enumerate(args)]
+            own[place].requires_grad_()
+            kept.clear()
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+                out = call(*own)
+            assert ((150, 51) in kept) == (place == WEIGHT)
+            assert torch.equal(torch.autograd.grad(out.square().sum(), own[place])[0], expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed(reentrant, cpu_backend):
+    args = make()
+    expected = torch.autograd.grad(functional.conv_norm_relu(*args).square().sum(), leaves(args))
+    out = checkpoint(functional.conv_norm_relu, *args, use_reentrant=reentrant)
+    out.square().sum().backward()
+    assert all(torch.equal(own.grad, true) for own, true in zip(leaves(args), expected, strict=True))
+
+
+def test_sizes_are_compiled_once():
+    """Batches of packed items have all sizes."""
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(
+        functional.conv_norm_relu, dynamic=True, backend=aot_autograd(fw_compiler=lambda g, _: graphs.append(g) or g)
+    )
+    for num_rows in range(5, 16):
+        args = make(num_rows=num_rows, tokens=2 * num_rows)
+        out = compiled(*args)
+        torch.testing.assert_close(out, functional.conv_norm_relu(*args))
+        out.sum().backward()
+    assert len(graphs) <= 4
+
+
+def test_a_trace_can_be_saved():
+    args = [own.detach() if isinstance(own, torch.Tensor) else own for own in make()]
+    traced = torch.jit.trace(lambda x, rows: functional.conv_norm_relu(x, rows, *args[2:]), args[:2])
+    torch.jit.save(traced, io.BytesIO())
+    assert torch.equal(traced(*args[:2]), functional.conv_norm_relu(*args))
+
+
 def test_under_autocast_it_computes_in_what_it_is_given(cpu_backend):
     args = make()
     expected = functional.conv_norm_relu(*args)
@@ -283,7 +334,7 @@ def test_opcheck_and_compiled(dtype):
     torch.library.opcheck(torch.ops.cprec.conv_norm_relu.default, tuple(args), test_utils=utilities)
     plain = [own.detach() if isinstance(own, torch.Tensor) else own for own in args]
     out, *kept = torch.ops.cprec.conv_norm_relu(*plain)
-    inputs = (torch.randn_like(out), plain[ROWS], plain[WEIGHT], plain[NORM_WEIGHT], out, *kept, 23)
+    inputs = (torch.randn_like(out), plain[ROWS], plain[WEIGHT], plain[NORM_WEIGHT], out, *kept, 23, True, True)
     torch.library.opcheck(torch.ops.cprec.conv_norm_relu_backward.default, inputs, test_utils=utilities)
     graphs = []
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 
 from cprec_kernels import functional, use_backend
 from cprec_kernels.reference import dropout as reference
+from tests.called_ops import CalledOps
 
 SEED = 0x0123_4567_89AB_CDEF
 
@@ -131,6 +134,34 @@ def test_opcheck_and_compiled(dtype):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         found = torch.autograd.grad(compiled(x, given), x)
         torch.testing.assert_close(found, torch.autograd.grad(call(x, given), x))
+
+
+def test_seeds_are_compiled_once():
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(
+        lambda x, seed: functional.dropout(x, 0.3, seed), fullgraph=True, backend=lambda g, _: graphs.append(g) or g
+    )
+    x = torch.randn(50)
+    for seed in range(10, 20):
+        assert torch.equal(compiled(x, seed), functional.dropout(x, 0.3, seed))
+    assert len(graphs) <= 2
+
+
+def test_a_trace_can_be_saved():
+    x = torch.randn(50)
+    traced = torch.jit.trace(lambda x: functional.dropout(x, 0.3, SEED), x)
+    torch.jit.save(traced, io.BytesIO())
+    assert torch.equal(traced(x), functional.dropout(x, 0.3, SEED))
+
+
+def test_a_gradient_that_nobody_wants_is_not_computed(monkeypatch):
+    x, add = torch.randn(9), torch.randn(9, requires_grad=True)
+    out, registered = functional.dropout(x, 0.3, SEED, add), torch.ops.cprec.dropout(x, 0.3, SEED, add)
+    with CalledOps() as called:
+        for own in (out, registered):
+            assert torch.equal(torch.autograd.grad(own.sum(), add)[0], torch.ones(9))
+    assert "dropout" not in called.names
 
 
 def test_the_reference_is_the_same_function():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from cprec.model.config import NextItNetConfig
 from cprec.model.dropout import dropout
@@ -236,8 +237,9 @@ class ResidualStack(nn.Module):
         sets, norms = self.sets._modules.values(), self.norms._modules.values()
         return (
             self.block == "residual"
-            and all(type(own) is CausalConv and not _is_hooked(own) for own in sets)
-            and all(type(own) is nn.LayerNorm and own.eps == NORM_EPS and not _is_hooked(own) for own in norms)
+            and not _has_any_global_hook()
+            and all(type(own) is CausalConv and _is_whole(own) for own in sets)
+            and all(type(own) is nn.LayerNorm and own.eps == NORM_EPS and _is_whole(own) for own in norms)
         )
 
     def extra_repr(self) -> str:
@@ -396,6 +398,7 @@ class NextItNet(nn.Module):
         # Compiled or replaced parts get what they always got: shapes that do not depend on values, and a mask.
         backbone = self.backbone
         ours = type(backbone) is ResidualStack and all(isinstance(own, PACKABLE) for own in backbone.sets)
+        ours = ours and all(own._compiled_call_impl is None for own in backbone.modules())
         return Packing.where_possible(is_item) if ours else None
 
     def _fused_form(self, histories: Tensor) -> dict[str, Any] | None:
@@ -414,9 +417,15 @@ class NextItNet(nn.Module):
         return {"embeddings": tables, "projections": projections, **layers} if tables[0].device.type == "cpu" else None
 
 
+def _is_whole(module: nn.Module) -> bool:
+    return not _is_hooked(module) and all(own is not None for own in module._parameters.values())
+
+
 def _is_hooked(module: nn.Module) -> bool:
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    """Whether what runs is not just the class's forward: hooks, a forward of its own, or one compiled in place."""
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(forward or backward or module._compiled_call_impl is not None)
 
 
 def _check_ids(name: str, ids: Tensor, dim: int) -> None:
