@@ -28,7 +28,7 @@ same grid, by validation NDCG@10; other models take the settings of the one they
 group's baseline by Welch's t test at 95% over seeds; what does not pass is "within the noise", and one seed says nothing
 about noise. Compression counts all parameters, blocks included, against the twin without shared layers. Step and top-10
 times are medians of interleaved calls, searches taking turns ten by ten as a server with one model would run them; the twin
-runs torch's own ops in their fastest form. "Epoch s" is the step's median times the steps of an epoch, and "to metric" that
+runs torch's own ops in their fastest form, but for our dropout and gathering of rows, which are faster. "Epoch s" is the step's median times the steps of an epoch, and "to metric" that
 of the epochs until validation NDCG@10 reaches the twin's best, empty if it never does. Top 10 is for one history without
 padding, from its ids on: in the twin by torch's ops throughout, in ours by two kernels; "indexed" has an index for the
 second, and "search" is that one alone. Models were trained on the CPU unless "trained on" names a GPU; all times are the

@@ -1,6 +1,6 @@
 """``cprec::residual_stack``: from histories of item ids to the hidden state of the newest item, for serving.
 
-It has no derivative and no autocast rule: training runs the blocks as torch's own ops.
+It has no derivative and no autocast rule: training runs a layer at a time, see :mod:`.conv_norm_relu`.
 """
 
 from __future__ import annotations
