@@ -11,6 +11,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ STACK_LIMIT = 64
 # Bytes of shared memory that one block can have (CUDA programming guide, compute capabilities 8.0 and 9.0).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 GROWTH_LIMIT = 1.15
+TOGETHER = 8  # kernels that one process compiles before it has them disassembled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +141,17 @@ def _aligned(signature: Sequence[Any], path: tuple[int, ...] = ()) -> Iterator[t
             yield (*path, index)
 
 
-def compile_case(module: str, arch: int, name: str) -> Row:
-    """Compile one case and read its code. Never raises: what went wrong is the row's error."""
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A row without the counts of its code, that code, and the logits of its tile, 0 where it has none."""
+
+    row: Row
+    code: bytes = b""
+    tile: int = 0
+
+
+def compile_case(module: str, arch: int, name: str) -> Compiled:
+    """Compile one case. Never raises: what went wrong is the row's error."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -153,33 +164,53 @@ def compile_case(module: str, arch: int, name: str) -> Row:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        usage, code = sass.disassemble(compiled.asm["cubin"])
+        used, code = sass.usage(compiled.asm["cubin"]), sass.machine_code(compiled.asm["cubin"])
     except Exception as error:
-        lines = [line.strip() for line in f"{error}".splitlines() if line.strip()]
-        return dataclasses.replace(row, error=f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300])
-    tile = constexprs.get("BLOCK_T", 0) * constexprs.get("BLOCK_V", 0)
-    return dataclasses.replace(
+        return Compiled(_failed(row, error))
+    row = dataclasses.replace(
         row,
-        registers=usage.registers,
-        stack=usage.stack,
+        registers=used.registers,
+        stack=used.stack,
         shared=compiled.metadata.shared,
-        spills=code.spills,
         dot=bool(re.search(r"\btt\.dot\b[^\n]*x(bf16|f16)>", compiled.asm["ttir"])),
-        matrix=code.matrix,
-        instructions=code.instructions,
-        hot=code.hot,
-        per_logit=round(code.hot * warps * 32 / tile, 2) if tile else None,
     )
+    return Compiled(row, code, constexprs.get("BLOCK_T", 0) * constexprs.get("BLOCK_V", 0))
+
+
+def _failed(row: Row, error: Exception) -> Row:
+    lines = [line.strip() for line in f"{error}".splitlines() if line.strip()]
+    return dataclasses.replace(row, error=f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300])
+
+
+def compile_cases(jobs: Sequence[tuple[str, int, str]]) -> list[Row]:
+    """Rows of jobs of one architecture. Never raises."""
+    compiled = [compile_case(*job) for job in jobs]
+    codes = [each.code for each in compiled if each.code]
+    try:
+        counts = iter(sass.disassemble(codes, jobs[0][1]) if codes else [])
+    except Exception as error:
+        return [each.row if each.row.error else _failed(each.row, error) for each in compiled]
+    return [_counted(each, next(counts)) if each.code else each.row for each in compiled]
+
+
+def _counted(compiled: Compiled, code: sass.Code) -> Row:
+    row, tile = compiled.row, compiled.tile
+    per_logit = round(code.hot * row.warps * 32 / tile, 2) if tile else None
+    return dataclasses.replace(row, **dataclasses.asdict(code), per_logit=per_logit)
 
 
 def compile_all(jobs: Sequence[tuple[str, int, str]], processes: int, show: Callable[[Row], None]) -> list[Row]:
     """Rows of all jobs, in their order."""
     context = multiprocessing.get_context("spawn")
+    same = [list(group) for _, group in itertools.groupby(sorted(jobs, key=lambda job: job[1]), lambda job: job[1])]
+    parts = [group[at : at + TOGETHER] for group in same for at in range(0, len(group), TOGETHER)]
+    rows = {}
     with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-        running = {pool.submit(compile_case, *job): job for job in jobs}
+        running = {pool.submit(compile_cases, part): part for part in parts}
         for future in concurrent.futures.as_completed(running):
-            show(future.result())
-    rows = {job: future.result() for future, job in running.items()}
+            for job, row in zip(running[future], future.result(), strict=True):
+                rows[job] = row
+                show(row)
     return [rows[job] for job in jobs]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -48,7 +51,7 @@ def parse_usage(text: str) -> Usage:
 
 
 def parse_instructions(text: str) -> list[Instruction]:
-    """Address and text of every instruction in ``cuobjdump -sass``."""
+    """Address and text of every instruction in a disassembler's listing."""
     lines = (re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line) for line in text.splitlines())
     return [(int(found.group(1), 16), found.group(2)) for found in lines if found]
 
@@ -91,15 +94,50 @@ def tools() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def disassemble(cubin: bytes) -> tuple[Usage, Code]:
-    """Resource usage and counts of a compiled kernel."""
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of a compiled kernel: the one section of its ELF file that is named ``.text``.
+
+    Raises:
+        ValueError: not the ELF file of one kernel.
+    """
+    if cubin[:6] != b"\x7fELF\x02\x01":
+        raise ValueError(f"not a little-endian 64-bit ELF file: it begins with {cubin[:6]!r}")
+    # Offset and entries of the section table (ELF-64 specification, figure 2), then name, offset and size of each section.
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    entry, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * entry) for i in range(count)]
+    sections = [(headers[names][4] + name, cubin[at : at + size]) for name, _, _, _, at, size in headers]
+    (code, *others) = [body for name, body in sections if cubin.startswith(b".text.", name)] or [b""]
+    if not code or others:
+        raise ValueError(f"{len(others) + bool(code)} sections of code, not one")
+    return code
+
+
+def _ask(tool: str, *options: str) -> str:
+    done = subprocess.run([str(tools() / tool), *options], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def usage(cubin: bytes) -> Usage:
+    """Resource usage of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        return parse_usage(_ask("cuobjdump", "-res-usage", file.name))
 
-        def ask(option: str) -> str:
-            command = [str(tools() / "cuobjdump"), option, file.name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            return done.stdout + done.stderr
 
-        return parse_usage(ask("-res-usage")), measure(parse_instructions(ask("-sass")))
+def disassemble(kernels: Sequence[bytes], arch: int) -> list[Code]:
+    """Counts of several kernels' :func:`machine_code`.
+
+    They lie behind one another in one file, because the disassembler takes half a second to start and a tenth to work.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(kernels))
+        file.flush()
+        # sm_90a is sm_90 and the matrix instructions of warp groups.
+        listing = _ask("nvdisasm", "--binary", {90: "SM90a"}.get(arch, f"SM{arch}"), "--no-dataflow", file.name)
+    instructions = parse_instructions(listing)
+    addresses = [address for address, _ in instructions]
+    ends = list(itertools.accumulate(len(code) for code in kernels))
+    cuts = [0, *(bisect.bisect_left(addresses, end) for end in ends)]
+    return [measure(instructions[first:last]) for first, last in itertools.pairwise(cuts)]

@@ -80,6 +80,16 @@ def test_resource_usage_is_read():
         sass.parse_usage("cuobjdump fatal : not a cubin")
 
 
+def test_what_is_no_compiled_kernel_is_refused():
+    with pytest.raises(ValueError, match="not a little-endian 64-bit ELF file: it begins with b'// PTX'"):
+        sass.machine_code(b"// PTX of a kernel")
+    # A header and a table of one section, which holds the names and no code.
+    header = b"\x7fELF\x02\x01".ljust(0x28, b"\0") + (0x40).to_bytes(8, "little") + bytes(10)
+    header += b"".join(number.to_bytes(2, "little") for number in (0x40, 1, 0))
+    with pytest.raises(ValueError, match="0 sections of code, not one"):
+        sass.machine_code(header + bytes(0x40))
+
+
 # Limits
 
 
@@ -244,9 +254,9 @@ def test_real_kernels_are_compiled_and_judged(tmp_path, monkeypatch):
     """A good kernel, one that does not compile, and one that keeps more in registers than there are."""
     (tmp_path / "planted_kernels.py").write_text(PLANTED)
     script = (
-        "import json, dataclasses; from benchmarks.aot import compile_case; "
-        "print(json.dumps([dataclasses.asdict(compile_case('planted_kernels', a, n)) "
-        "for a in (80, 90) for n in ('good', 'broken', 'spilling')]))"
+        "import json, dataclasses; from benchmarks.aot import compile_cases; "
+        "print(json.dumps([dataclasses.asdict(row) for a in (80, 90) "
+        "for row in compile_cases([('planted_kernels', a, n) for n in ('good', 'broken', 'spilling', 'good')])]))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(tmp_path)])
@@ -255,6 +265,8 @@ def test_real_kernels_are_compiled_and_judged(tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr
     rows = [Row(**row) for row in json.loads(done.stdout)]
+    assert [rows[0], rows[4]] == [rows[3], rows[7]], "the first and the last of those that are disassembled together"
+    assert rows[4].matrix < rows[0].matrix, "an instruction of a warp group does the work of several"
     for row in rows:
         found = "; ".join(problems(row, None))
         if row.name == "good":
