@@ -58,15 +58,16 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TRITON_ARGS) tests/triton
 
-# Every Triton kernel, compiled for GPUs by the newest and by the oldest Triton that is supported; no GPU is needed. The
-# oldest leaves out fp16, whose tiles are those of bf16, and the older architecture.
+# Every Triton kernel, compiled for GPUs by the newest and by the oldest Triton that is supported; no GPU is needed. Every
+# tile of it for the newer architecture by the newest; `python -m benchmarks.aot` has those of the older one.
 OLDEST_TRITON := 3.6.0
 build/triton-$(OLDEST_TRITON): $(VENV)/.tools
 	$(PIP) install --no-deps --target $@ 'triton==$(OLDEST_TRITON)'
 
 aot: setup build/triton-$(OLDEST_TRITON)
-	$(BIN)/python -m benchmarks.aot
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m benchmarks.aot --arch 90 --kernels '^(?!.*fp16)'
+	$(BIN)/python -m benchmarks.aot --arch 90
+	$(BIN)/python -m benchmarks.aot --arch 80 --coarse
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m benchmarks.aot --arch 90 --coarse
 
 bench: setup
 	$(BIN)/python -m benchmarks quick --out $(BENCH)

@@ -41,6 +41,8 @@ STACK_LIMIT = 64
 # Bytes of shared memory that one block can have (CUDA programming guide, compute capabilities 8.0 and 9.0).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 GROWTH_LIMIT = 1.15
+# fp16 has the tiles of bf16, and ranks between others have tiles between theirs.
+COARSE = re.compile(r"^(?!.*(fp16|/(32|64|256)$))")
 TOGETHER = 8  # kernels that one process compiles before it has them disassembled
 
 
@@ -116,14 +118,16 @@ def modules() -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(name), "aot_cases")]
 
 
-def cases(names: Sequence[str], arches: Sequence[int], pattern: str = "") -> list[tuple[str, int, str]]:
+def cases(
+    names: Sequence[str], arches: Sequence[int], pattern: str = "", coarse: bool = False
+) -> list[tuple[str, int, str]]:
     """Module, architecture and name of every case whose name matches."""
     found = [
         (module, arch, case[0])
         for module in names
         for arch in arches
         for case in importlib.import_module(module).aot_cases(arch)
-        if re.search(pattern, case[0])
+        if re.search(pattern, case[0]) and (not coarse or COARSE.search(case[0]))
     ]
     keys = [(name, arch) for _, arch, name in found]
     twice = sorted({name for name, arch in keys if keys.count((name, arch)) > 1})
@@ -334,6 +338,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 def aot(
     arch: Annotated[list[int] | None, typer.Option(help="80, 90; repeat it. Default: both.")] = None,
     kernels: Annotated[str, typer.Option(help="Only cases whose name this regular expression finds.")] = "",
+    coarse: Annotated[bool, typer.Option(help="Every kernel, not every tile: no fp16, some ranks left out.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Kernels compiled at a time.")] = 2,
     record: Annotated[bool, typer.Option(help="Make the results the recorded ones, and write the page.")] = False,
     record_file: Annotated[Path, typer.Option(help="The record.", show_default=False)] = RECORD,
@@ -355,8 +360,8 @@ def aot(
     wrong = [number for number in arch or ARCHES if number not in SHARED_LIMIT]
     if wrong:
         raise BenchmarkError(f"--arch {wrong[0]} is not one of {', '.join(map(str, SHARED_LIMIT))}")
-    if record and (kernels or arch):
-        raise BenchmarkError("--record keeps whole runs: leave out --arch and --kernels")
+    if record and (kernels or arch or coarse):
+        raise BenchmarkError("--record keeps whole runs: leave out --arch, --kernels and --coarse")
     try:
         import triton
     except ImportError:
@@ -365,7 +370,7 @@ def aot(
         re.compile(kernels)
     except re.error as error:
         raise BenchmarkError(f"--kernels {kernels} is not a regular expression: {error}") from None
-    jobs = cases(modules(), arch or ARCHES, kernels)
+    jobs = cases(modules(), arch or ARCHES, kernels, coarse)
     if not jobs:
         raise BenchmarkError(f"no case matches --kernels {kernels}" if kernels else f"{PACKAGE} has no kernels")
     with _progress(len(jobs)) as show:

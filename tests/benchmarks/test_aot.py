@@ -207,6 +207,7 @@ def test_wrong_usage_is_one_line(planted, tmp_path, capsys, monkeypatch):
     for arguments, message in (
         (("--arch", 70), "--arch 70 is not one of 80, 90"),
         (("--record", "--kernels", "k"), "--record keeps whole runs"),
+        (("--record", "--coarse"), "--record keeps whole runs"),
         (("--kernels", "nothing"), "no case matches --kernels nothing"),
         (("--kernels", "("), "--kernels ( is not a regular expression"),
     ):
@@ -296,6 +297,10 @@ def test_every_kernel_module_has_cases():
     compiled = {row.key for record in read_record(aot.RECORD).values() for row in record.rows}
     listed = {(name, arch) for _, arch, name in ast.literal_eval(done.stdout)}
     assert compiled == listed, "the record is of other kernels: python -m benchmarks.aot --record"
+    coarse = {(name, arch) for name, arch in listed if aot.COARSE.search(name)}
+    assert len(coarse) < len(listed) / 2
+    kernels = [{(name.split("/")[0], arch) for name, arch in these} for these in (listed, coarse)]
+    assert kernels[0] == kernels[1], "--coarse leaves out a kernel"
 
 
 COMPILED_MERGE = """
