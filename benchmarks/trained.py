@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -119,16 +116,15 @@ def _data_folder(folder: Path) -> Path:
 
 
 def _export(run: Path, out: Path, data: Path | None) -> None:
-    """``cprec export``, which checks that run and data belong together. Raises BenchmarkError with what it said."""
-    command = [sys.executable, "-m", "cprec", "export", str(run), "--out", str(out)]
-    command += [] if data is None else ["--data", str(data)]
-    path = os.pathsep.join(filter(None, sys.path))
-    result = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
-    if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
-        raise BenchmarkError(f"the model of {run} cannot be read: {last.removeprefix('cprec: ')}")
+    """Export a run, which checks that run and data belong together. Raises BenchmarkError with what was wrong."""
+    from cprec.exported import export
+
+    try:
+        export(run, out, data=data)
+    except ImportError as error:
+        raise BenchmarkError(f"a run's data needs {error.name}: pip install 'cprec-kernels[app]'") from None
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"the model of {run} cannot be read: {error}") from None
 
 
 def _histories(prepared: PreparedData, limit: int) -> list[int]:
