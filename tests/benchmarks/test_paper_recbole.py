@@ -52,7 +52,8 @@ def test_targets_are_ranked_among_the_whole_catalogue(data):
     assert ours == pytest.approx(metrics_of_ranks(np.array(ranks)).to_dict(), abs=1e-3)
 
 
-def test_it_learns_and_stops(data, monkeypatch):
+def test_it_learns_and_stops(tmp_path, monkeypatch):
+    data = prepare_synthetic(tmp_path / "data", 40, 50, seed=0)
     faster = recbole.defaults() | {"learning_rate": 0.01, "batch_size": 256}
     monkeypatch.setattr(recbole, "defaults", lambda: faster)
     first = recbole.train(data, 8, 0, epochs=1, patience=2, device="cpu")

@@ -14,8 +14,7 @@ from tests.ops.softmax_inputs import IGNORE, inputs
 # 4 opcheck
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "keep"), [(True, True), (False, False)])
 def test_opcheck(case, bias, keep):
     weights = copy_weights(make_softmax(case.partition, bias=bias), torch.float32, requires_grad=True)
     hidden, target = inputs(case.partition, shape=(20,))
