@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.paper.presets import Settings
 from benchmarks.paper.runs import Trained, epochs_to_reach
 from benchmarks.paper.speed import TWIN
-from benchmarks.paper.table import Row
+from benchmarks.paper.store import Kept
+from benchmarks.paper.table import TIMES, Row
 from cprec.model import NextItNetConfig
 
 if TYPE_CHECKING:
@@ -72,24 +73,30 @@ def _add_epochs(rows: dict[str, Row], runs: dict[str, list[Trained]], baseline: 
             row.figures["to_metric_epochs"] = needed
 
 
-def _add_times(rows: dict[str, Row], baseline: str, times: dict[str, Any], start_s: float = 0.0) -> None:
+def _add_times(rows: dict[str, Row], baseline: str, timings: list[Kept], starts: list[Kept] | None = None) -> None:
     """Times of the first seed's models: steps, epochs, training to the baseline's metric, searches.
 
-    ``times``: of :meth:`benchmarks.paper.tables.Bench.speed`; the baseline's are those of the twin. ``start_s``: before the
-    first step of a model that starts from factors.
+    ``timings``: of :meth:`benchmarks.paper.tables.Bench.speed`; the baseline's are those of the twin. ``starts``: what comes
+    before the first step of a model that starts from factors, on the same machines.
     """
+    start_s = {kept.provenance["machine"]: float(kept.result["median_ms"]) / 1e3 for kept in starts or ()}
     for label, row in rows.items():
         name = TWIN if label == baseline else label
-        row.figures |= {kind: times[kind][name]["median_ms"] for kind in ("step_ms", "topk_ms")}
-        for kind in ("index_ms", "search_ms"):
-            if times[kind]:
-                row.figures[kind] = times[kind][name]["median_ms"]
-        row.figures["epoch_s"] = row.figures["step_ms"] * times["steps"] / 1e3
-        if "to_metric_epochs" in row.figures:
-            before = start_s if "init" in row.settings else 0.0
-            row.figures["to_metric_s"] = before + row.figures["to_metric_epochs"] * row.figures["epoch_s"]
+        for kept in timings:
+            times = {
+                kind: kept.result[kind][name]["median_ms"]
+                for kind in ("step_ms", "topk_ms", "index_ms", "search_ms")
+                if kept.result[kind]
+            }
+            times["epoch_s"] = times["step_ms"] * kept.result["steps"] / 1e3
+            machine = kept.provenance["machine"]
+            before = start_s.get(machine) if "init" in row.settings else 0.0
+            if "to_metric_epochs" in row.figures and before is not None:
+                times["to_metric_s"] = before + row.figures["to_metric_epochs"] * times["epoch_s"]
+            row.times.append({**kept.provenance, **times})
+        row.figures |= {name: row.times[0][name] for name in TIMES if name in row.times[0]}
         if label == baseline:
-            row.settings["timed_as"] = times["note"]
+            row.settings["timed_as"] = timings[0].result["note"]
 
 
 def twice_as_wide(bench: Bench, add: Callable[[Row], None]) -> None:
@@ -123,7 +130,7 @@ def from_factors(bench: Bench, add: Callable[[Row], None]) -> None:
             f"L = {length}": ("twin", chosen),
             f"L = {length}, the twin from factors, too": (STARTED_TWIN, started),
         }
-        times: dict[str, Any] = {}
+        times: list[Kept] = []
         for group, (baseline, settings) in groups.items():
             rows, runs = {}, {}
             rows[baseline], runs[baseline] = wide.row(group, baseline, twin, length, settings)
@@ -132,6 +139,6 @@ def from_factors(bench: Bench, add: Callable[[Row], None]) -> None:
             if length == preset.main_length:
                 # A step and a search of the twin take as long wherever it started.
                 times = times or wide.speed(runs[baseline][0], {STARTED: runs[STARTED][0]}, length)
-                _add_times(rows, baseline, times, wide.start_seconds(ours))
+                _add_times(rows, baseline, times, wide.start(ours))
             for row in rows.values():
                 add(row)

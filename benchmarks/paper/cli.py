@@ -65,6 +65,12 @@ def paper(
             "always the CPU's."
         ),
     ] = "cpu",
+    times_here: Annotated[
+        bool,
+        typer.Option(
+            "--times-here", help="Time steps and searches on this machine too, where others have; both are shown."
+        ),
+    ] = False,
     page: Annotated[Path | None, typer.Option(help="The page to write. Default: paper.md in --out.")] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Run nothing: write the page from what is in --out.")
@@ -113,6 +119,7 @@ def paper(
                     prepared,
                     lambda doing: typer.echo(f"  {doing}", err=True),
                     accelerator,
+                    times_here,
                 )
     tables = write_page(out, target)
     typer.echo(f"{target}: {len(tables)} tables, {sum(len(found.rows) for found in tables)} rows")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.paper.table import TITLES, Row, Table, compare, mean_and_deviation, read_tables
+from benchmarks.paper.table import TIMES, TITLES, Row, Table, compare, mean_and_deviation, read_tables
 from benchmarks.results import write_bytes, write_text
 from benchmarks.table import markdown_table, number
 
@@ -16,7 +16,13 @@ MONITOR = "ndcg@10"
 METRICS = ("mrr@5", "mrr@20", "hr@5", "hr@20", "ndcg@5", "ndcg@20")
 BY_LENGTH = (1, 6)  # tables of a twin and a compressed model with times, a group for every length
 CLAIMS = (*BY_LENGTH, 7)  # tables that are put in words
-TIMES = ("step_ms", "epoch_s", "to_metric_s", "topk_ms", "index_ms", "search_ms")
+# Ratios of times that are put in words.
+FASTER = {
+    "step_ms": "a training step",
+    "to_metric_s": "training to the twin's best validation NDCG@10",
+    "top_ms": "top 10 of a history",
+    "search_ms": "its search alone",
+}
 INTRODUCTION = """\
 # The paper's claims on real data
 
@@ -69,7 +75,7 @@ def _figure(row: Row, name: str, suffix: str = "") -> str:
 
 def verdict(row: Row, rows: Sequence[Row], metric: str = MONITOR) -> str:
     """A metric against that of the row's baseline: the ratio of means, and what it is worth."""
-    base = next((other for other in rows if (other.group, other.label) == (row.group, row.baseline)), None)
+    base = _base(row, rows)
     if base is None or metric not in row.metrics:
         return ""
     ours, theirs = row.metrics[metric], base.metrics[metric]
@@ -103,7 +109,43 @@ def markdown(table: Table) -> str:
             cells += [verdict(row, table.rows), str(row.seeds or ""), _settings(row.settings)]
             body.append(cells)
         parts += [f"**{group}**", "", markdown_table(header, body, range(1, len(header) - 3)), ""]
-    return "\n".join(parts)
+    return "\n".join([*parts, *_machines_table(table.rows)])
+
+
+def _base(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The row that a row is compared with."""
+    return next((other for other in rows if (other.group, other.label) == (row.group, row.baseline)), None)
+
+
+def _faster(row: Row, base: Row, machine: str) -> dict[str, tuple[float, float]]:
+    """Times on a machine of the baseline and of a model, by the names of :data:`FASTER`."""
+    ours, theirs = (next((t for t in each.times if t["machine"] == machine), {}) for each in (row, base))
+    top = "index_ms" if "index_ms" in ours else "topk_ms"
+    names = {name: top if name == "top_ms" else name for name in FASTER}
+    return {name: (theirs[key], ours[key]) for name, key in names.items() if key in ours and key in theirs}
+
+
+def _machines_table(rows: Sequence[Row]) -> list[str]:
+    """Lines of a table of ratios for models that several machines timed; none without such models."""
+    header = ("group", "model", "machine", *FASTER.values())
+    body = []
+    for row in rows:
+        base = _base(row, rows)
+        if base is None or len(row.times) < 2:
+            continue
+        for times in row.times:
+            found = _faster(row, base, times["machine"])
+            cells = [
+                f"{number(found[name][0] / found[name][1])}x ({number(found[name][0])} / {number(found[name][1])})"
+                if name in found
+                else ""
+                for name in FASTER
+            ]
+            body.append((row.group, row.label, f"{times['machine']}; {times['date']}", *cells))
+    if not body:
+        return []
+    title = "**Times as fast as the baseline, by machine** (ms of both; training in s)"
+    return [title, "", markdown_table(header, body, range(3, len(header))), ""]
 
 
 def _settings(settings: dict[str, Any]) -> str:
@@ -207,21 +249,19 @@ def findings(table: Table) -> list[str]:
     found = []
     width = f", d = {table.preset['dim']}" if table.number != BY_LENGTH[0] else ""
     for row in table.rows:
-        base = next((other for other in table.rows if (other.group, other.label) == (row.group, row.baseline)), None)
+        base = _base(row, table.rows)
         if base is None or row.parameters is None or base.parameters is None or not row.settings.get("cutoffs"):
             continue  # nothing of ours
         parts = [
             f"{base.parameters / row.parameters:.2f} times fewer parameters",
             *(f"{name.upper()} {verdict(row, table.rows, name)}" for name in (MONITOR, "mrr@5") if name in row.metrics),
         ]
-        for name, what in (
-            ("step_ms", "a training step"),
-            ("to_metric_s", "training to the twin's best validation NDCG@10"),
-            ("index_ms" if "index_ms" in row.figures else "topk_ms", "top 10 of a history"),
-            ("search_ms", "its search alone"),
-        ):
-            if row.figures.get(name) and base.figures.get(name):
-                parts.append(f"{what} {number(base.figures[name] / row.figures[name])} times as fast")
+        for times in row.times:
+            found_here = _faster(row, base, times["machine"])
+            ratios = [f"{FASTER[name]} {number(theirs / own)} times" for name, (theirs, own) in found_here.items()]
+            if ratios:
+                where = f"on {times['machine']}: " if len(row.times) > 1 else ""
+                parts.append(f"{where}{', '.join(ratios)} as fast")
         if "to_metric_epochs" in base.figures and "to_metric_epochs" not in row.figures:
             parts.append("the twin's best validation NDCG@10 is not reached")
         elif "to_metric_epochs" in row.figures and "to_metric_s" not in row.figures:
@@ -245,7 +285,9 @@ def at_the_edge(table: Table) -> list[str]:
 
 
 def _about(table: Table) -> str:
-    data, preset, made = table.data, table.preset, table.provenance
+    data, preset = table.data, table.preset
+    made = next((row.times[0] for row in table.rows if row.times), table.provenance)
+    where = "Put together on" if made is table.provenance else "Timed on"
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     lines = []
     if data:
@@ -257,7 +299,7 @@ def _about(table: Table) -> str:
         f"Preset {preset['name']}: {seeds} seed{'s' if seeds > 1 else ''}, at most {preset['epochs']} epochs, patience "
         f"{preset['patience']}, d = {preset['dim']}, asked compression {preset['compression']:g}."
     )
-    lines.append(f"Machine: {made['machine']}; {versions}; commit {made['commit'] or 'unknown'}, {made['date']}.")
+    lines.append(f"{where}: {made['machine']}; {versions}; commit {made['commit'] or 'unknown'}, {made['date']}.")
     if edges := at_the_edge(table):
         lines.append(f"Chosen at the edge of the grid: {'; '.join(edges)}. A wider grid may suit either model better.")
     if not table.complete:

@@ -27,6 +27,9 @@ TITLES = {
 T_QUANTILES = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
+TIMES = ("step_ms", "epoch_s", "to_metric_s", "topk_ms", "index_ms", "search_ms")
+
+
 @dataclasses.dataclass
 class Row:
     """A model in a table.
@@ -35,6 +38,7 @@ class Row:
         group: rows of a group may be compared, e.g. "L = 20". baseline: label of the row to compare with, or "".
         metrics: test metric -> one value per seed. figures: further numbers, e.g. "step_ms".
         settings: what was chosen for the model, for people to read.
+        times: a provenance with those figures that are times, per machine; the first one's are in ``figures``.
     """
 
     group: str
@@ -45,11 +49,15 @@ class Row:
     metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    times: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
 class Table:
-    """The rows of one table for one data set ("" for generated catalogues). complete: all rows are there."""
+    """The rows of one table for one data set ("" for generated catalogues).
+
+    complete: all rows are there. provenance: where the table was put together; see :attr:`Row.times`.
+    """
 
     number: int
     data: dict[str, Any]

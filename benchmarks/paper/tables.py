@@ -16,7 +16,7 @@ from benchmarks.paper.by_length import from_factors, twice_as_wide, twin_and_com
 from benchmarks.paper.presets import Preset, Settings
 from benchmarks.paper.runs import Trained, columns, trained_on
 from benchmarks.paper.speed import measure_models, measure_search, measure_start, missing_for_search
-from benchmarks.paper.store import Store
+from benchmarks.paper.store import Kept, Store
 from benchmarks.paper.table import Row, Table
 from benchmarks.run import Provenance
 from cprec import checkpoint
@@ -45,8 +45,10 @@ class Bench:
         data: PreparedData | None,
         tell: Callable[[str], None],
         accelerator: str = "cpu",
+        times_here: bool = False,
     ) -> None:
         self.store, self.preset, self._data, self.tell, self.accelerator = store, preset, data, tell, accelerator
+        self.times_here = times_here
         if accelerator == "gpu" and not torch.cuda.is_available():
             raise BenchmarkError(
                 f"there is no CUDA device here (torch {torch.__version__}): train with --accelerator cpu"
@@ -55,7 +57,7 @@ class Bench:
 
     def wide(self) -> Bench:
         """The same for the models of tables 6 and 7."""
-        return Bench(self.store, self.preset.wide(), self._data, self.tell, self.accelerator)
+        return Bench(self.store, self.preset.wide(), self._data, self.tell, self.accelerator, self.times_here)
 
     @property
     def data(self) -> PreparedData:
@@ -207,8 +209,8 @@ class Bench:
         report = EvaluationReport.from_dict(run.result["test"])
         return Row(group, "popularity", metrics=columns([report.popularity.to_dict()]))
 
-    def speed(self, twin: Trained, models: dict[str, Trained], length: int) -> dict[str, Any]:
-        """Times of steps and searches, see :func:`benchmarks.paper.speed.measure_models`."""
+    def speed(self, twin: Trained, models: dict[str, Trained], length: int) -> list[Kept]:
+        """Times of steps and searches by machine, see :func:`benchmarks.paper.speed.measure_models`."""
         preset = self.preset
         settings = {
             "twin": twin.settings, "models": {label: run.settings for label, run in models.items()},
@@ -226,17 +228,17 @@ class Bench:
                 own, loaded, self.data, length, preset.batch_size, preset.rounds, preset.search_rounds
             )
 
-        return self.store.get_or_run("speed", settings, run)
+        return self.store.by_machine("speed", settings, run, self.times_here)
 
-    def start_seconds(self, model: NextItNetConfig) -> float:
-        """What it takes to have a model start from factors."""
+    def start(self, model: NextItNetConfig) -> list[Kept]:
+        """How long it takes to have a model start from factors, by machine."""
         settings = {"data": self.data.fingerprint, "model": model.to_dict()}
 
         def run() -> dict[str, Any]:
             self.tell("timing the factorisation")
             return measure_start(NextItNet(model), self.data)
 
-        return float(self.store.get_or_run("start", settings, run)["median_ms"]) / 1e3
+        return self.store.by_machine("start", settings, run, self.times_here)
 
 
 # Tables: each adds rows one by one and says after every one that there is more to keep
@@ -307,10 +309,15 @@ def search_by_size(bench: Bench, add: Callable[[Row], None]) -> None:
             row.settings["skipped"] = reason
         else:
             bench.tell(f"searching {size:,} generated items")
-            times = bench.store.get_or_run(
-                "search", settings, lambda plan=plan: measure_search(plan.partition, preset.search_rounds)  # type: ignore[misc]
+            timings = bench.store.by_machine(
+                "search", settings, lambda plan=plan: measure_search(plan.partition, preset.search_rounds),  # type: ignore[misc]
+                bench.times_here,
             )  # fmt: skip
-            row.figures |= {f"{name}_ms": timing["median_ms"] for name, timing in times.items()}
+            for kept in timings:
+                row.times.append(
+                    {**kept.provenance, **{f"{name}_ms": timing["median_ms"] for name, timing in kept.result.items()}}
+                )
+            row.figures |= {name: value for name, value in row.times[0].items() if name.endswith("_ms")}
         add(row)
 
 
@@ -333,9 +340,15 @@ def run_table(
     data: PreparedData | None,
     tell: Callable[[str], None],
     accelerator: str = "cpu",
+    times_here: bool = False,
 ) -> Table:
-    """Make one table; its file is rewritten after every row. ``accelerator``: "cpu" or "gpu", for training alone."""
-    bench = Bench(store, preset, None if number in GENERATED else data, tell, accelerator)
+    """Make one table; its file is rewritten after every row.
+
+    Args:
+        accelerator: "cpu" or "gpu", for training alone.
+        times_here: time models on this machine too, where others have.
+    """
+    bench = Bench(store, preset, None if number in GENERATED else data, tell, accelerator, times_here)
     about: dict[str, Any] = {}
     asked = preset.compression
     if number not in GENERATED:

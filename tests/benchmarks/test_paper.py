@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from benchmarks.paper import by_length, speed, tables
 from benchmarks.paper.cli import main
 from benchmarks.paper.page import at_the_edge, cell, page, verdict, write_page
 from benchmarks.paper.presets import PRESETS, TINY
-from benchmarks.paper.store import Store
+from benchmarks.paper.store import Kept, Store
 from benchmarks.paper.table import T_QUANTILES, TITLES, Row, Table, compare, read_table, read_tables
+from benchmarks.run import Provenance
+from benchmarks.table import number
 from cprec.data import PreparedData, prepare_synthetic
 from cprec.evaluation import evaluate
 from cprec.model import NextItNet, NextItNetConfig
@@ -66,8 +69,8 @@ def test_every_table_is_there_with_its_baselines(results, data):
     assert {label for _, label in rows[4]} == {"neither", "embedding", "softmax", "both"}
     assert [row.figures["items"] for row in found[5].rows] == list(TINY.sizes)
     assert set(rows[6]) == {("L = 4", label) for label in ("twin", "twin, d = 8", by_length.SHARED)}
-    for number, table in found.items():
-        preset = TINY.wide() if number in (tables.WIDE, tables.FACTORS) else TINY
+    for which, table in found.items():
+        preset = TINY.wide() if which in (tables.WIDE, tables.FACTORS) else TINY
         assert table.preset == json.loads(json.dumps(preset.to_dict()))
         for row in table.rows:
             if row.metrics and row.label not in ("popularity", "RecBole NextItNet"):
@@ -197,7 +200,8 @@ def test_weights_that_are_gone_are_asked_for(results, data):
 def test_the_factorisation_counts_as_training(data, tmp_path, monkeypatch):
     """Time to a metric: what the start takes, for models that had one, and the epochs."""
     bench = tables.Bench(Store(tmp_path), TINY, PreparedData.open(data), lambda doing: None)
-    monkeypatch.setattr(bench.__class__, "start_seconds", lambda *arguments: 1000.0)
+    start = Kept({"median_ms": 1e6}, {"machine": Provenance.here().machine})
+    monkeypatch.setattr(bench.__class__, "start", lambda *arguments: [start])
     rows = {}
     by_length.from_factors(bench, lambda row: rows.setdefault((row.group, row.label), row))
     for row in rows.values():
@@ -297,6 +301,49 @@ def test_cells_have_mean_and_deviation():
     assert verdict(ours, [base, ours]) == "baseline is 0: one seed"
 
 
+def test_times_of_several_machines_stand_side_by_side(results, data, tmp_path, monkeypatch, capfd):
+    """Files of another machine are taken as they are; this one's come beside them when asked for, once."""
+    out = shutil.copytree(results, tmp_path / "out")
+    for path in (out / "finished").glob("speed-*.json"):
+        values = json.loads(path.read_bytes())
+        values["provenance"] |= {"machine": "another machine", "date": "2026-01-02"}
+        for times in values["result"].values():
+            if isinstance(times, dict) and speed.TWIN in times:
+                times[speed.TWIN]["median_ms"] = 1000.0
+        path.write_text(json.dumps(values))
+    arguments = ("--preset", "tiny", "--table", "1", "--data", data, "--out", out)
+    measured = []
+    measure = tables.measure_models
+    monkeypatch.setattr(tables, "measure_models", lambda *args: (measured.append(args), measure(*args))[1])
+    call(capfd, *arguments)
+    assert measured == []
+    text = (out / "paper.md").read_text(encoding="utf-8")
+    assert "Timed on: another machine; " in text
+    assert "by machine" not in text
+    for _ in range(2):
+        call(capfd, *arguments, "--times-here")
+    kept = {path.name: json.loads(path.read_bytes()) for path in (out / "finished").glob("speed-*.json")}
+    here = Provenance.here().machine
+    assert len(measured) == sum(values["provenance"]["machine"] == here for values in kept.values()) > 0
+    found = next(table for table in read_tables(out) if table.number == 1)
+    timed = [row for row in found.rows if row.times]
+    assert {tuple(times["machine"] for times in row.times) for row in timed} == {("another machine", here)}
+    assert all(row.figures["step_ms"] == row.times[0]["step_ms"] != row.times[1]["step_ms"] for row in timed)
+    text = (out / "paper.md").read_text(encoding="utf-8")
+    lines = text[text.index("**Times as fast as the baseline, by machine**") :].splitlines()
+    ours = next(row for row in timed if row.baseline)
+    step = ours.times[0]["step_ms"]
+    assert any(
+        line.startswith(
+            f"| {ours.group} | {ours.label} | another machine; 2026-01-02 | {number(1000.0 / step)}x (1,000 / "
+        )
+        for line in lines
+    )
+    assert any(f"| {here}; {Provenance.here().date} |" in line for line in lines)
+    assert "; on another machine: a training step " in text
+    assert f"; on {here}: a training step " in text
+
+
 # The page
 
 
@@ -307,7 +354,7 @@ def test_the_page_is_written_from_the_tables_alone(results, tmp_path, capfd):
     assert "7 tables" in out
     text = (tmp_path / "p.md").read_text(encoding="utf-8")
     assert text == (results / "paper.md").read_text(encoding="utf-8")
-    for word in ("popularity", "±", "seeds", "within the noise", "times fewer parameters", "Machine: ", "Preset tiny"):
+    for word in ("popularity", "±", "seeds", "within the noise", "times fewer parameters", "Timed on: ", "Preset tiny"):
         assert word in text
     images = {path.name for path in (tmp_path / "images").iterdir()}
     assert len(images) == 7

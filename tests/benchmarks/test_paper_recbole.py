@@ -90,19 +90,19 @@ def test_scores_that_are_not_finite_are_no_rank(data):
 
 
 def test_what_is_said_in_short_is_said_of_our_models():
-    times = {"step_ms": 4.0, "topk_ms": 2.0, "search_ms": 1.0}
-    twin = Row("L = 4", "twin", "", 800, 1, {"ndcg@10": [0.2]}, times | {"to_metric_epochs": 3.0})
+    times = {"machine": "this one", "step_ms": 4.0, "topk_ms": 2.0, "search_ms": 1.0}
+    twin = Row("L = 4", "twin", "", 800, 1, {"ndcg@10": [0.2]}, {"to_metric_epochs": 3.0}, {}, [times])
     planned = {"cutoffs": [10, 20]}
-    ours = Row("L = 4", "compressed", "twin", 100, 1, {"ndcg@10": [0.1]}, times | {"step_ms": 2.0}, planned)
+    ours = Row("L = 4", "compressed", "twin", 100, 1, {"ndcg@10": [0.1]}, {}, planned, [times | {"step_ms": 2.0}])
     theirs = Row("L = 4", "RecBole NextItNet", "twin", 900, 1, {"ndcg@10": [0.1]}, {"epochs": 3.0})
     narrower = Row("L = 4", "twin, d = 8", "twin", 400, 1, {"ndcg@10": [0.1]}, {"epochs": 3.0}, {"cutoffs": []})
     found = findings(Table(1, {"name": "goods"}, {}, {}, [twin, theirs, narrower, ours]))
     assert found == [
-        "- goods, L = 4, compressed: 8.00 times fewer parameters; NDCG@10 50.0%: one seed; a training step 2.00 times as fast; "
-        "top 10 of a history 1.00 times as fast; its search alone 1.00 times as fast; the twin's best validation NDCG@10 is "
+        "- goods, L = 4, compressed: 8.00 times fewer parameters; NDCG@10 50.0%: one seed; a training step 2.00 times, "
+        "top 10 of a history 1.00 times, its search alone 1.00 times as fast; the twin's best validation NDCG@10 is "
         "not reached."
     ]
-    untimed = dataclasses.replace(ours, figures={"to_metric_epochs": 4.0})
+    untimed = dataclasses.replace(ours, figures={"to_metric_epochs": 4.0}, times=[])
     found = findings(
         Table(
             6,
