@@ -114,6 +114,8 @@ def available_cpu_isas() -> list[str]:
 def set_cpu_isa(name: str) -> None:
     """Use the CPU kernels of one instruction set in this process, or "auto" for the widest that runs.
 
+    No op may be running meanwhile, in any thread: one that has packed its operands for one set would go on with another.
+
     Raises:
         RuntimeError: there is no native module. ValueError: an unknown name, or one that cannot run here.
     """

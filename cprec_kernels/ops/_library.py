@@ -149,7 +149,9 @@ def asked_in_place(tables: Sequence[Tensor]) -> bool:
 
 def gradients_in_place(tables: Sequence[Tensor]) -> list[Tensor] | None:
     """The ``.grad`` of every table, when all of them asked for :func:`accumulate_in_place`, have one that fits and no hook
-    that waits for a gradient, and the backward that runs is to fill it."""
+    that waits for a gradient, and the backward that runs is to fill it, with numbers and not with a graph."""
+    if torch.is_grad_enabled():  # in a backward with create_graph=True alone
+        return None
     if not asked_in_place(tables) or any(map(_hooked, tables)) or not all(map(_accumulates, tables)):
         return None
     gradients = []

@@ -60,6 +60,9 @@ def check_choice(
                 f"{tuple(exclude_offsets.shape)} and {tuple(exclude.shape)} for {input.shape[0]} rows"
             ),
         )
+    for name, given in (("exclude", exclude), ("exclude offsets", exclude_offsets), ("candidates", candidates)):
+        if given is not None and given.device != input.device:
+            raise ValueError(f"{name} must be on {input.device}, where input is, not on {given.device}")
     if candidates is not None:
         check_integers(candidates, "candidates")
         torch._check_value(candidates.dim() == 1, lambda: f"candidates must be 1-D, got {tuple(candidates.shape)}")

@@ -169,6 +169,8 @@ class RowSearch {
 
 inline void check_exclusions(const Tensor& items, const Tensor& offsets, int64_t rows) {
   if (!items.defined()) return;
+  TORCH_CHECK_VALUE(items.is_cpu() && (!offsets.defined() || offsets.is_cpu()), "exclude must be on the CPU, not on ",
+                    items.device());
   TORCH_CHECK_TYPE(items.scalar_type() == at::kLong, "exclude must be int64");
   if (!offsets.defined()) {
     TORCH_CHECK_VALUE(items.dim() == 2 && items.size(0) == rows, "exclude must have one row per row of input");

@@ -1,8 +1,10 @@
 // torch's door to the clustered softmax on the CPU, backward.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <utility>
 
 #include "torch/clustered_softmax_levels.h"
 
@@ -33,6 +35,9 @@ Tensor gradient_terms(const Level& level, const Tensor& g1, const Tensor& g2, co
     const double log_p = (logits[static_cast<size_t>(t)] - log2_sum) * kLn2;
     row[4][t] = static_cast<float>(-a * std::expm1(log_p) - b * std::exp(log_p) + row[3][t]);
   }
+  // Tokens that fill up a vector have a hidden state of zero, so their logits are biases: without a sum to be divided
+  // by, a large one is inf, and inf times a coefficient of zero NaN.
+  std::fill(row[0] + level.count, row[0] + kernel.num_tokens, 0x1p53f);
   return out;
 }
 
@@ -46,6 +51,12 @@ Gradients gradients(const Tensor& grad_log_prob, const Tensor& grad_uniform, con
   const auto [want_input, want_weights, want_projections, want_head_bias, want_tail_biases] = output_mask;
   std::vector<Level> levels = make_levels(input, target, weights, projections, head_bias, tail_biases, arithmetic);
   place_tokens(levels, target, ignore_index);
+  for (const auto& [name, values] : {std::pair{"grad_log_prob", grad_log_prob},
+                                     {"grad_uniform", grad_uniform},
+                                     {"lse_head", lse_head},
+                                     {"lse_tail", lse_tail}})
+    TORCH_CHECK_VALUE(values.sizes() == target.sizes(), name, " must have the shape of target, ", target.sizes(),
+                      ", not ", values.sizes());
   const bool accumulate = !into.empty();
   TORCH_CHECK_VALUE(!accumulate || into.size() == weights.size(), into.size(), " gradients for ", weights.size(),
                     " weights");

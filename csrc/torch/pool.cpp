@@ -101,7 +101,7 @@ at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options)
   at::Tensor out = at::from_blob(memory, sizes, [bytes](void* block) { pool().put_back(block, bytes); }, options);
   // As at::empty does, for whoever hunts reads of what was never written.
   if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())
-    out.fill_(std::numeric_limits<double>::quiet_NaN());
+    out.fill_(out.is_floating_point() ? std::numeric_limits<double>::quiet_NaN() : 127.0);
   return out;
 }
 

@@ -29,6 +29,7 @@ struct Options {
 };
 
 inline Candidates find_candidates(const std::vector<Level>& levels, const Tensor& listed, int64_t num_items) {
+  TORCH_CHECK_VALUE(listed.is_cpu(), "candidates must be on the CPU, as the index is, not on ", listed.device());
   TORCH_CHECK_TYPE(listed.scalar_type() == at::kLong, "candidates must be int64");
   TORCH_CHECK_VALUE(listed.dim() == 1, "candidates must be 1-D");
   Candidates out;

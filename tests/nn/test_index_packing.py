@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cprec_kernels import Partition
-from cprec_kernels.nn import index_packing
+from cprec_kernels.nn import ClusteredSoftmaxWithLoss, index_packing
 from cprec_kernels.nn.index_packing import MIN_EIGENVALUE, STORAGES, kd_order, leaf_basis, pack, rows_of
 from cprec_kernels.ops.topk_index import GROUP, LEAF
 from cprec_kernels.testing import make_softmax
@@ -290,3 +290,17 @@ def test_tiny_int8_groups_do_not_divide_by_zero(largest):
     arrays = pack(weights, "int8", True, "kd")
     assert rows_of(arrays.groups[2], arrays.scales[2], slice(0, 2_317)).isfinite().all()
     assert arrays.bounds[2, 0] <= 3 * largest  # each of four columns at most 1.4 largest, rounded to fp32
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16", "int8"])
+def test_an_index_is_built_with_deterministic_algorithms(storage):
+    """torch fills new memory then, with NaN where that is a number."""
+    head = ClusteredSoftmaxWithLoss(64, Partition(40_000, [20_000], [64, 4], 64))
+    x = torch.randn(3, 64)
+    expected = head.topk(x, 5)[1]
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = head.build_index(storage=storage).topk(x, 5).items
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found, expected)

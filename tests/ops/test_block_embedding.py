@@ -382,3 +382,17 @@ def test_gradients_in_place_are_left_alone_when_others_are_asked_for(cpu_backend
     loss().backward(inputs=leaves)
     for leaf, grad in zip(leaves, before, strict=True):
         torch.testing.assert_close(leaf.grad, grad * (3 if leaf is projections[0] else 2))
+
+
+def test_a_gradient_with_a_graph_is_never_added_in_place(cpu_backend):
+    """It would carry no graph: a penalty on gradients would be left out without a word."""
+    partition = Partition(40, [10, 20], [8, 4, 2], 8)
+    tables, projections = make_embedding(partition)
+    leaves = [tensor.requires_grad_() for tensor in (*tables, *projections)]
+    accumulate_in_place(leaves)
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf)
+    loss = functional.block_embedding(torch.arange(40), tables, projections).square().sum()
+    loss.backward(create_graph=True)
+    with pytest.raises(RuntimeError, match="not twice differentiable"):
+        sum(leaf.grad.square().sum() for leaf in leaves).backward()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cprec_kernels import Partition, functional
+from cprec_kernels import Partition, available_cpu_isas, functional, use_backend
 from cprec_kernels.functional import Weights
 from cprec_kernels.reference import clustered_softmax as ref
 from cprec_kernels.testing import copy_weights, make_softmax, weight_tensors
@@ -162,3 +162,44 @@ def test_the_form_without_counts_agrees(case, monkeypatch):
     for a, b in zip(run(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert calls
+
+
+@pytest.mark.parametrize("bias", [89.0, 200.0, 1e3])
+def test_large_biases_have_finite_gradients(bias, cpu_backend):
+    """Rows that fill up a vector have no hidden state, so their logits are the biases: exp of 89 is inf in fp32."""
+    partition = Partition(50, [20], [16, 4], 16)
+    weights = copy_weights(make_softmax(partition, bias=True), torch.float32, requires_grad=True)
+    with torch.no_grad():
+        for each in (weights.head_bias, *weights.tail_biases):
+            each += bias
+    hidden, target = inputs(partition, shape=(5,))
+    functional.clustered_cross_entropy(hidden, target, weights).backward()
+    truth = copy_weights(weights, torch.float64, requires_grad=True)
+    with use_backend("reference"):
+        functional.clustered_cross_entropy(hidden.double(), target, truth).backward()
+    for leaf, true in zip(weight_tensors(weights), weight_tensors(truth), strict=True):
+        torch.testing.assert_close(leaf.grad.double(), true.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_without_smoothing_the_second_result_has_no_gradient(cpu_backend):
+    partition = Partition(50, [20], [16, 4], 16)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
+    hidden, target = inputs(partition, shape=(5,))
+    log_prob, uniform = functional.clustered_target_log_prob(hidden, target, weights, smooth=False)
+    assert log_prob.requires_grad
+    assert not uniform.requires_grad
+    assert torch.count_nonzero(uniform) == 0
+    assert functional.clustered_target_log_prob(hidden, target, weights, smooth=True)[1].requires_grad
+
+
+@pytest.mark.skipif(not available_cpu_isas(), reason="this package was built without native kernels")
+def test_gradients_of_another_number_of_tokens_are_refused():
+    partition = Partition(50, [20], [16, 4], 16)
+    hidden, target = inputs(partition, shape=(5,))
+    args = hidden, target, *copy_weights(make_softmax(partition), torch.float32).args()
+    _, _, lse_head, lse_tail, kept = torch.ops.cprec.clustered_softmax(*args, IGNORE, True, None, False)
+    for short in range(4):
+        grads = [torch.ones(5), torch.ones(5), lse_head, lse_tail]
+        grads[short] = grads[short][:1]
+        with pytest.raises(ValueError, match="must have the shape of target"):
+            torch.ops.cprec.clustered_softmax_backward(*grads[:2], *args, *grads[2:], kept, IGNORE, None, [True] * 5)

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cprec_kernels import Partition, functional, use_backend
+from cprec_kernels import Partition, available_cpu_isas, functional, use_backend
 from cprec_kernels.functional import Weights
+from cprec_kernels.nn import ClusteredSoftmaxWithLoss
 from cprec_kernels.reference import clustered_topk as ref
 from cprec_kernels.testing import CASES, assert_same_items, make_softmax
 
@@ -297,3 +298,17 @@ def test_where_nobody_waits_a_nan_score_is_never_found():
     values, items = ref._largest(torch.tensor([[-1.0, -math.inf, -2.0]]), 3)
     assert items.tolist() == [[0, 2, -1]]
     assert values[0, 2] == -math.inf
+
+
+def test_what_narrows_a_search_must_be_where_the_input_is():
+    """Otherwise the dispatcher takes the meta kernel, whose result is whatever memory held."""
+    head = ClusteredSoftmaxWithLoss(8, Partition(60, [20], [8, 4], 8))
+    x, meta = torch.randn(2, 8), torch.arange(10, device="meta")
+    offsets = torch.tensor([0, 5, 10])
+    for options in (
+        {"candidates": meta}, {"exclude": (offsets, meta)}, {"exclude": (offsets.to("meta"), torch.arange(10))},
+        {"exclude": meta[None].expand(2, 10)},
+    ):  # fmt: skip
+        for storage in (None, "float32") if available_cpu_isas() else (None,):
+            with pytest.raises(ValueError, match=r"must be on (the CPU|cpu)|meta"):
+                head.topk(x, 3, storage=storage, **options)
