@@ -196,7 +196,19 @@ def find_table(model: nn.Module, count: int, name: str | None) -> tuple[str, nn.
     for option in ("max_norm", "scale_grad_by_freq"):
         if getattr(module, option):
             raise ValueError(f"table {name!r} uses {option}, which a block embedding does not have")
+    _refuse_own_forward(f"table {name!r}", module, nn.Embedding)
     return name, module
+
+
+def _refuse_own_forward(what: str, module: nn.Module, plain: type[nn.Module]) -> None:
+    """Raise ValueError for a module that does more than its class does: what takes its place would not."""
+    if type(module).forward is not plain.forward or "forward" in vars(module):
+        raise ValueError(
+            f"{what} is a {type(module).__name__} with a forward of its own, which what takes its place would not have: "
+            f"do that in the model, and let the module be a plain nn.{plain.__name__}"
+        )
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(f"{what} has forward hooks, which what takes its place would not have: remove them first")
 
 
 def find_classifier(
@@ -232,4 +244,5 @@ def find_classifier(
             f"classifier {name!r} has {module.out_features} outputs: one per id ({table.num_embeddings}) or per item "
             f"({num_items}) is needed"
         )
+    _refuse_own_forward(f"classifier {name!r}", module, nn.Linear)
     return name, module

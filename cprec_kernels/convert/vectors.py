@@ -109,6 +109,9 @@ def _fit(roles: Sequence[Tensor], rank: int, projected: bool, weights: Tensor) -
     """``roles``: vectors (k, d) of the same items, which are to share their rows."""
     if not projected:
         return _Fit(roles[0], (), 0.0)
+    if not len(roles[0]):  # a cluster of nothing but the padding
+        nothing = roles[0].new_zeros
+        return _Fit(nothing(0, rank), tuple(nothing(rank, vectors.shape[1]) for vectors in roles), 0.0)
     norms = [max(float(vectors.norm()), torch.finfo(torch.float32).tiny) for vectors in roles]
     both = torch.cat([vectors / norm for vectors, norm in zip(roles, norms, strict=True)], dim=1)
     svd = truncated_svd(both, rank, weights_of(weights))

@@ -159,6 +159,11 @@ def check_state(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Paramet
                         f"{type(optimizer).__name__} keeps {name!r}, which is not known to belong to rows: only "
                         f"{', '.join(sorted(known))} can be carried along"
                     )
+                if isinstance(value, Tensor) and value.layout != torch.strided:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {name!r} as {value.layout}, whose rows cannot be carried along: "
+                        "make it dense first, state[parameter][name] = value.to_dense()"
+                    )
 
 
 def carry_state(

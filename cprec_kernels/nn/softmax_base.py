@@ -64,8 +64,8 @@ class ClusteredSoftmaxBase(Pretrained, nn.Module):
         self._indexes: dict[str, TopKIndex] = {}  # by storage, of topk
 
     def __getstate__(self) -> dict[str, Any]:
-        # An index is of these parameters in this process: a copy builds its own.
-        return {**self.__dict__, "_indexes": {}}
+        # An index is of these parameters in this process: a copy builds its own. Module leaves out its compiled call.
+        return {**super().__getstate__(), "_indexes": {}}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

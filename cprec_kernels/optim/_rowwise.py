@@ -21,6 +21,8 @@ from ..ops import row_optimizer as ops
 Group = dict[str, Any]
 # State that is one number per row; other state has the shape of its parameter.
 PER_ROW = frozenset({"sum", "row_log_decay"})
+# State that is one number per parameter and stays on the host.
+COUNTERS = frozenset({"step", "log_decay"})
 
 
 class Gradient(NamedTuple):
@@ -44,6 +46,8 @@ class RowwiseOptimizer(torch.optim.Optimizer):
     """Base of the row-wise optimizers. A subclass gives the fields of its state and the step of one gradient."""
 
     required_state: frozenset[str]
+    # Whether torch's optimizer of this name adds its weight decay to the gradient.
+    torch_is_coupled = False
 
     # What a subclass gives
 
@@ -251,15 +255,23 @@ class RowwiseOptimizer(torch.optim.Optimizer):
         ids = [index for group in saved["param_groups"] for index in group["params"]]
         for index, param in zip(ids, self._params(), strict=True):
             for name, value in saved["state"].get(index, {}).items():
-                # torch has cast it to the parameter's dtype; counters stay on the host.
-                self.state[param][name] = value.to(param.device if value.dim() else "cpu", copy=True)
+                # torch has cast it to the parameter's dtype, and leaves it in the strides of the one it was saved for.
+                self.state[param][name] = value.to("cpu" if name in COUNTERS else param.device, copy=True).contiguous()
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         if not {"state", "param_groups"} <= set(state_dict):
             raise ValueError(f"this is not a state of {type(self).__name__}: it has {', '.join(map(str, state_dict))}")
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        # SparseAdam, and Adam of old, count in plain numbers.
+        states = {
+            index: {
+                name: torch.tensor(float(value)) if isinstance(value, int | float) else value
+                for name, value in state.items()
+            }
+            for index, state in state_dict["state"].items()
+        }
         for index, param in zip(ids, self._params(), strict=False):  # torch reports differing numbers
-            state = state_dict["state"].get(index, {})
+            state = states.get(index, {})
             if state and not self.required_state <= set(state):
                 raise ValueError(
                     f"this is not a state of {type(self).__name__}: it has {', '.join(state)} for parameter {index}, "
@@ -277,12 +289,13 @@ class RowwiseOptimizer(torch.optim.Optimizer):
                 )
             if group.get("amsgrad"):
                 raise ValueError(f"this state is of an optimizer with amsgrad, which {type(self).__name__} has not")
-            if group.get("decoupled_weight_decay", True) is False and group["weight_decay"]:
+            decoupled = group.get("decoupled_weight_decay", not (self.torch_is_coupled and "foreach" in group))
+            if not decoupled and group["weight_decay"]:
                 raise ValueError(
                     f"this state is of an optimizer that adds weight_decay = {group['weight_decay']} to the gradient; "
                     f"that of {type(self).__name__} is decoupled: set it to 0 in the state, then choose one anew"
                 )
-        return state_dict
+        return {**state_dict, "state": states}
 
 
 def _gradient(group: Group, param: Tensor) -> Gradient:

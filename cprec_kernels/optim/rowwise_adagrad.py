@@ -43,6 +43,7 @@ class RowwiseAdagrad(RowwiseOptimizer):
     """
 
     required_state = frozenset({"step", "sum"})
+    torch_is_coupled = True
 
     def __init__(
         self,

@@ -27,7 +27,15 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary stream whose contents become ``path`` when the block ends well; otherwise nothing changes."""
+    """A binary stream whose contents become ``path`` when the block ends well; otherwise nothing changes.
+
+    A link stays a link: what it leads to changes. A pipe or a device is written to as it goes.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with naming(path), path.open("wb") as stream:
+            yield stream
+        return
+    path = path.resolve()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:

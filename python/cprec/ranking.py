@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,11 +31,15 @@ def pad_left(histories: Sequence[Sequence[int]], length: int, pad: int) -> Tenso
     return rows
 
 
-def pad_exclude(histories: Sequence[Sequence[int]]) -> Tensor:
-    """All items of every history, each once, padded with -1: (B, m) int64, m >= 1."""
+def items_to_exclude(histories: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """All items of every history, each once: offsets (B + 1,) and items (n,), both int64.
+
+    Not padded: one long history would make every row as long.
+    """
     unique = [sorted(set(history)) for history in histories]
-    width = max((len(items) for items in unique), default=0)
-    return torch.tensor([items + [-1] * (max(width, 1) - len(items)) for items in unique], dtype=torch.int64)
+    offsets = [0, *itertools.accumulate(map(len, unique))]
+    items = list(itertools.chain.from_iterable(unique))
+    return torch.tensor(offsets, dtype=torch.int64), torch.tensor(items, dtype=torch.int64)
 
 
 def popularity_scores(counts: Sequence[int] | Tensor) -> Tensor:
@@ -78,10 +83,11 @@ def top_items(
         return results
     device = next(model.parameters()).device
     rows = [histories[index] for index in known]
+    offsets, seen = items_to_exclude(rows)
     scores, items = model.topk(
         pad_left(rows, length, model.config.num_items).to(device),
         k,
-        exclude=pad_exclude(rows).to(device) if exclude_seen else None,
+        exclude=(offsets.to(device), seen.to(device)) if exclude_seen else None,
         candidates=None if candidates is None else candidates.to(device),
     )
     for index, row_scores, row_items in zip(known, scores.float().tolist(), items.tolist(), strict=True):

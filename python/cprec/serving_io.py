@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ HISTORY_FORMATS: tuple[HistoryFormat, ...] = ("sequences", "users", "jsonl")
 COLUMNS = ("user", "rank", "item", "score", "fallback")
 OUTPUT_FORMATS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 STDIO = "-"
+# What separates items, as where prepared data came from: an id may hold other white space.
+BLANK = " \t\f\v"
 
 
 class History(NamedTuple):
@@ -77,15 +80,20 @@ def _parse(stream: IO[bytes], name: str, format: HistoryFormat | None) -> Iterat
         found = True
         if format is None:
             format = "jsonl" if line.lstrip().startswith("{") else "users" if "\t" in line else "sequences"
-        yield _PARSERS[format](line.rstrip("\r\n"), number, where)
+        line = line.rstrip("\r\n")
+        if "\r" in line:
+            raise ValueError(
+                f"{where}: a carriage return within the line: end lines with a newline, as `tr '\\r' '\\n'` does"
+            )
+        yield _PARSERS[format](line, number, where)
     if not found:
         raise ValueError(f"{name}: holds no history; give one line per user")
 
 
 def _split(text: str, where: str) -> list[str]:
     if "," not in text:
-        return text.split()
-    items = [item.strip() for item in text.split(",")]
+        return [item for item in re.split(f"[{BLANK}]+", text) if item]
+    items = [item.strip(BLANK) for item in text.split(",")]
     if "" in items:
         raise ValueError(f"{where}: item {items.index('') + 1} between the commas is empty")
     return items
@@ -99,9 +107,9 @@ def _parse_sequence(line: str, number: int, where: str) -> History:
 
 def _parse_user(line: str, number: int, where: str) -> History:
     user, tab, items = line.partition("\t")
-    if not tab or not user.strip():
+    if not tab or not user.strip(BLANK):
         raise ValueError(f"{where}: expected user<TAB>items, got {line[:60]!r}")
-    return History(user.strip(), _split(items.replace("\t", " "), where))
+    return History(user.strip(BLANK), _split(items.replace("\t", " "), where))
 
 
 def _parse_json(line: str, number: int, where: str) -> History:
@@ -195,13 +203,14 @@ def _write_csv(chunks: Iterable[Chunk], stream: IO[bytes]) -> int:
     # A buffer per chunk, not a text wrapper around the stream: that would close standard output when a chunk fails.
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
+    # A carriage return ends a line for readers, but needs no quotes for writers whose lines end otherwise.
+    quoting = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(COLUMNS)
     rows = 0
     for chunk in chunks:
-        writer.writerows(
-            (user, rank, item, f"{score:.6f}", "true" if fallback else "false")
-            for user, rank, item, score, fallback in chunk.rows()
-        )
+        for user, rank, item, score, fallback in chunk.rows():
+            row = (user, rank, item, f"{score:.6f}", "true" if fallback else "false")
+            (quoting if "\r" in user or "\r" in item else writer).writerow(row)
         rows += len(chunk)
         stream.write(buffer.getvalue().encode())
         buffer.seek(0)

@@ -82,3 +82,35 @@ def test_a_third_module_that_shares_the_table_is_not_left_behind(counts):
     with pytest.raises(ValueError, match=r"decoder\.table is the same parameter as the item table's"):
         cprec_kernels.compress(model, counts, partition=PARTITION)
     assert isinstance(model.embed[0], nn.Embedding)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * 4
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.normalize(x), self.weight)
+
+
+def test_modules_that_do_more_than_their_class_are_refused(counts):
+    """A block embedding would look rows up and leave out the rest without a word."""
+
+    def refused(model, message):
+        before = {name: type(module) for name, module in model.named_modules()}
+        with pytest.raises(ValueError, match=message):
+            cprec_kernels.compress(model, counts, partition=PARTITION)
+        assert {name: type(module) for name, module in model.named_modules()} == before
+
+    model = GRULike()
+    model.embed[0].__class__ = Scaled
+    refused(model, r"table 'embed\.0' is a Scaled with a forward of its own")
+    model = GRULike()
+    model.out.__class__ = Cosine
+    refused(model, "classifier 'out' is a Cosine with a forward of its own")
+    model = GRULike()
+    handle = model.embed[0].register_forward_hook(lambda module, args, output: output * 4)
+    refused(model, r"table 'embed\.0' has forward hooks")
+    handle.remove()
+    cprec_kernels.compress(model, counts, partition=PARTITION)

@@ -216,3 +216,11 @@ def test_refusals_name_what_is_wrong_and_change_nothing(make, given, error, word
 def test_counts_that_are_none(counts, words):
     with pytest.raises(ValueError, match=words):
         set_item_vectors(BlockEmbedding(PARTITIONS[0]), counts, inputs=vectors())
+
+
+def test_a_cluster_of_nothing_but_the_padding_embeds_to_zero():
+    module = BlockEmbedding(Partition(10, [4, 9], [8, 4, 2], 8), padding_idx=9)
+    errors = set_item_vectors(module, torch.ones(9), inputs=torch.randn(9, 8))
+    assert errors[2] == 0
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+    assert torch.count_nonzero(module(torch.tensor([9]))) == 0

@@ -258,3 +258,10 @@ def test_missing_line_break_at_the_end_is_noted(tmp_path):
 def test_one_line_longer_than_the_sample(tmp_path):
     path = write(tmp_path, "é" + " ".join(f"i{number}é" for number in range(60_000)))
     assert len(pairs(path)) == 60_000
+
+
+def test_an_inter_header_below_blank_lines_is_no_user(tmp_path):
+    text = "\n \nuser_id:token\titem_id:token\n" + "".join(f"u{n}\ti{n % 5}\n" for n in range(20))
+    found = rows(write(tmp_path, text))
+    assert len(found) == 20
+    assert not any("id" in str(value) for row in found for value in row)

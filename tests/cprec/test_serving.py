@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 
 import numpy as np
 import polars as pl
@@ -12,7 +13,7 @@ import torch
 
 from cprec.data import prepare
 from cprec.model import NextItNet, NextItNetConfig
-from cprec.ranking import pad_exclude, pad_left
+from cprec.ranking import items_to_exclude, pad_left
 from cprec.serving import (
     History,
     UnknownItemsWarning,
@@ -67,8 +68,8 @@ def assert_same(found, expected):
 
 def test_padding():
     assert pad_left([[1, 2, 3], [], [4]], 2, 9).tolist() == [[2, 3], [9, 9], [9, 4]]
-    assert pad_exclude([[3, 1, 3], [], [2]]).tolist() == [[1, 3], [-1, -1], [2, -1]]
-    assert pad_exclude([[]]).tolist() == [[-1]]
+    assert [part.tolist() for part in items_to_exclude([[3, 1, 3], [], [2]])] == [[0, 2, 2, 3], [1, 3, 2]]
+    assert [part.tolist() for part in items_to_exclude([[]])] == [[0, 0], []]
 
 
 def test_seen_items_are_left_out_even_beyond_what_the_model_sees(model, catalogue):
@@ -184,6 +185,7 @@ def test_formats_are_told_by_content():
     ("text", "message"),
     [
         ("a b\nc\td\n", ":2: a tab"),
+        ("a b\rc d\r", ":1: a carriage return within the line"),
         ("a,,b\n", ":1: item 2 between the commas is empty"),
         ("u\ta\nv b\n", r":2: expected user<TAB>items, got 'v b'"),
         ('{"items": ["a"]}\n{"items": ["a"\n', ":2: not a JSON object"),
@@ -304,3 +306,37 @@ def test_targets_are_checked_before_work(tmp_path):
             write_recommendations(never(), target)
     with pytest.raises(ValueError, match="unknown output format 'xml'"):
         write_recommendations(never(), "-", format="xml")
+
+
+def test_ids_keep_white_space_that_does_not_separate(result, tmp_path):
+    """What `cprec prepare` takes for one item is one item: blanks and tabs separate, other white space does not."""
+    assert read("a\u00a0b  c\u3000d \n") == [History("1", ["a\u00a0b", "c\u3000d"])]
+    assert read("\u2003u\ta\u00a0b\tc\n") == [History("\u2003u", ["a\u00a0b", "c"])]
+    assert read("a\u00a0, b\n") == [History("1", ["a\u00a0", "b"])]
+
+
+def test_a_carriage_return_in_an_id_stays_in_its_field(model, catalogue, tmp_path):
+    histories = [History("a\rb", catalogue.decode([1, 2])), History("plain", catalogue.decode([1, 2]))]
+    found = recommend(model, catalogue, histories, k=2, length=LENGTH)
+    write_recommendations(found.chunks(), tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="") as file:
+        users = [row[0] for row in csv.reader(file)]
+    assert users == ["user", "a\rb", "a\rb", "plain", "plain"]
+
+
+def test_links_stay_links_and_pipes_are_written_to(result, tmp_path):
+    write_recommendations(result().chunks(), tmp_path / "real.csv")
+    expected = (tmp_path / "real.csv").read_bytes()
+    (tmp_path / "real.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    write_recommendations(result().chunks(), tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "real.csv").read_bytes() == expected
+    pipe = tmp_path / "pipe.csv"
+    os.mkfifo(pipe)
+    read_end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_recommendations(result().chunks(), pipe)
+    assert os.read(read_end, 1 << 16) == expected
+    os.close(read_end)
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.csv", "pipe.csv", "real.csv"]

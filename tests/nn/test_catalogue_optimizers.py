@@ -147,3 +147,23 @@ def test_a_table_that_was_shared_is_not_lost_unnoticed():
     assert [parameter.shape for parameter in head.parameters()] == before
     with pytest.raises(ValueError, match="pass all optimizers that train this module"):
         embedding.extend(1, optimizer=torch.optim.Adam(embedding.projections.parameters()))
+
+
+def test_sparse_momentum_is_refused_before_anything_changes():
+    embedding = BlockEmbedding(PARTITION, sparse=True)
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        embedding(IDS).sum().backward()
+        optimizer.step()
+    before = list(embedding.parameters())
+    states = len(optimizer.state)
+    with pytest.raises(ValueError, match=r"SGD keeps 'momentum_buffer' as torch\.sparse_coo.*to_dense"):
+        embedding.extend(5, optimizer=optimizer)
+    assert embedding.partition == PARTITION
+    assert all(one is other for one, other in zip(before, embedding.parameters(), strict=True))
+    assert len(optimizer.state) == states
+    for state in optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].to_dense()
+    embedding.extend(5, optimizer=optimizer)
+    assert embedding.partition.num_items == PARTITION.num_items + 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 import threading
@@ -417,3 +418,15 @@ def test_a_full_disk_is_named_with_the_file(module, path, small_disk):
         module.build_index("float32").save(path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_link_stays_a_link_and_a_pipe_is_refused(tmp_path):
+    index = ClusteredSoftmaxWithLoss(8, Partition(60, [20], [8, 4], 8)).build_index()
+    (tmp_path / "link").symlink_to("real")
+    index.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is a pipe or a device"):
+        index.save(tmp_path / "pipe")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "real"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -199,3 +202,16 @@ def test_training_lowers_the_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
+
+
+def test_a_copy_of_a_compiled_head_runs_its_own_weights():
+    head = ClusteredSoftmaxWithLoss(8, Partition(60, [20], [8, 4], 8))
+    head.compile(backend="eager")
+    twin = copy.deepcopy(head)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    x, target = torch.randn(5, 8), torch.arange(5)
+    torch.testing.assert_close(twin(x, target).loss, twin.forward(x, target).loss)
+    assert not torch.equal(twin(x, target).loss, head(x, target).loss)
+    torch.save(head, io.BytesIO())

@@ -127,3 +127,56 @@ def test_a_state_that_would_fail_later_is_refused(kind):
         optimizer.load_state_dict(torch.optim.Adam([torch.ones(5, 3).requires_grad_()]).state_dict())
         return
     assert str(optimizer.state_dict()) == str(before)
+
+
+@BOTH
+def test_state_of_other_strides_and_plain_counters_are_taken(kind):
+    """torch keeps the strides of the parameter that a state was saved for, and SparseAdam counts in plain numbers."""
+    params = [torch.nn.Parameter(torch.randn(5, 2)), torch.nn.Parameter(torch.randn(()))]
+    optimizer = kind(params, lr=0.1)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = int(state["step"])
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() == 2:
+                state[name] = value.t().contiguous().t()
+    resumed = kind([torch.nn.Parameter(param.detach().clone()) for param in params], lr=0.1)
+    resumed.load_state_dict(saved)
+    for one, other in zip(params, resumed.param_groups[0]["params"], strict=True):
+        other.grad = torch.ones_like(other)
+        assert resumed.state[other]["step"].dtype == torch.float32
+        assert all(value.is_contiguous() for value in resumed.state[other].values())
+        one.grad = torch.ones_like(one)
+    optimizer.step()
+    resumed.step()
+    for one, other in zip(params, resumed.param_groups[0]["params"], strict=True):
+        assert torch.equal(one, other)
+
+
+@BOTH
+def test_moments_of_a_single_number_go_where_it_is(kind):
+    param = torch.nn.Parameter(torch.randn(()))
+    optimizer = kind([param], lr=0.1)
+    param.grad = torch.ones(())
+    optimizer.step()
+    resumed = kind([torch.nn.Parameter(torch.empty((), device="meta"))], lr=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    (state,) = resumed.state.values()
+    assert {name: value.device.type for name, value in state.items()} == {
+        name: "cpu" if name == "step" else "meta" for name in state
+    }
+
+
+def test_the_coupled_decay_of_torchs_adagrad_is_refused():
+    bias = torch.nn.Parameter(torch.randn(4))
+    theirs = torch.optim.Adagrad([bias], weight_decay=0.1)
+    bias.grad = torch.ones(4)
+    theirs.step()
+    with pytest.raises(ValueError, match=r"adds weight_decay = 0\.1 to the gradient"):
+        RowwiseAdagrad([bias]).load_state_dict(theirs.state_dict())
+    own = RowwiseAdagrad([bias], weight_decay=0.1)
+    own.step()
+    RowwiseAdagrad([bias]).load_state_dict(own.state_dict())

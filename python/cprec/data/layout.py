@@ -43,7 +43,7 @@ class Layout:
         format: one of ``FORMATS``.
         separator: between fields; ``" "`` means any run of blanks in ``pairs`` and ``sequences``.
         fields: fields per line, 0 for any number (``sequences``) or unknown (``parquet``).
-        columns: names from the header, empty when there is none.
+        columns: names from the header, empty when there is none. header: its line, from 1; 0 when there is none.
         user, item, time: positions of the fields, None where there is none.
         integer_users, integer_items: a value that is no integer is an error.
         time_format: how timestamps are parsed: ``"float"``, ``"int"`` (beyond 2**53) or a ``strptime`` pattern.
@@ -59,6 +59,7 @@ class Layout:
     integer_users: bool = False
     integer_items: bool = False
     time_format: str = "float"
+    header: int = 0
 
 
 def detect_format(path: str | Path) -> str:
@@ -108,7 +109,7 @@ def make_layout(
                 )
             columns = tuple(name.rsplit(":", 1)[0] for name in columns)
         user, item, time = resolve_columns(path, columns, user_column, item_column, time_column, number)
-        layout = Layout(kind, separator, len(columns), columns, user, item, time)
+        layout = Layout(kind, separator, len(columns), columns, user, item, time, header=number)
         if len(sample.head) < 2:
             raise DataError("the file has a header and nothing below it", path)
     else:

@@ -282,7 +282,7 @@ def _line_fields(path: Path, layout: Layout) -> pl.LazyFrame:
 
     return (
         _lines(path)
-        .filter(pl.col("row") > 0 if layout.columns else pl.lit(True))
+        .filter(pl.col("row") >= layout.header)  # rows count from 0
         .select("row", text=text)
         .filter(pl.col("text") != "")
         .with_columns(fields=fields)
