@@ -117,10 +117,8 @@ def _data_folder(folder: Path) -> Path:
 
 def _export(run: Path, out: Path, data: Path | None) -> None:
     """Export a run, which checks that run and data belong together. Raises BenchmarkError with what was wrong."""
-    from cprec.exported import export
-
     try:
-        export(run, out, data=data)
+        cprec.export(run, out, data=data)
     except ImportError as error:
         raise BenchmarkError(f"a run's data needs {error.name}: pip install 'cprec-kernels[app]'") from None
     except (OSError, ValueError) as error:

@@ -284,8 +284,7 @@ fake(SCORE, _fake_score)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, _, weights, projections, head_bias, tail_biases, ctx.ignore_index, smooth, ctx.arithmetic, _ = inputs
     _, uniform, lse_head, lse_tail, kept = output
-    # Without smoothing the second result is zero, whatever the weights are.
-    ctx.mark_non_differentiable(*([] if smooth else [uniform]), lse_head, lse_tail, *kept)
+    ctx.mark_non_differentiable(*([] if smooth else [uniform]), lse_head, lse_tail, *kept)  # constant 0 if not smooth
     ctx.set_materialize_grads(False)  # zeros for what is kept would be written for nobody
     ctx.counts = len(weights), len(projections), len(tail_biases)
     ctx.save_for_backward(*inputs[:2], lse_head, lse_tail, head_bias, *weights, *projections, *tail_biases, *kept)

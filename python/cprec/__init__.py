@@ -6,12 +6,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from cprec.exported import ExportedModel
     from cprec_kernels import __version__
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "export", "load"]
 
 
 def load(folder: str | os.PathLike[str], device: torch.device | str | None = None) -> ExportedModel:
@@ -20,6 +22,19 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
     from cprec.exported import load as read
 
     return read(folder, device)
+
+
+def export(
+    run_folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder that :func:`load` reads, as ``cprec export`` does; see :func:`cprec.exported.export`."""
+    from cprec.exported import export as write
+
+    return write(run_folder, out, data=data, overwrite=overwrite)
 
 
 def __getattr__(name: str) -> Any:

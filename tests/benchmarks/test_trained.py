@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import cprec
 from benchmarks.cli import main
 from benchmarks.results import read_run
 from cprec import checkpoint
 from cprec.data import prepare
-from cprec.exported import export
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.run_folder import RunConfig, RunFolder
 from cprec.training import TrainingConfig
@@ -127,7 +127,7 @@ def test_without_an_index_or_a_run_it_says_what_to_do(run, plain_index, monkeypa
     assert how in line
     (tmp_path / "config.json").write_text("[]")
     assert how in refused("--run", tmp_path)
-    export(run, tmp_path / "model")
+    cprec.export(run, tmp_path / "model")
     assert "an exported model's does not: pass the run that it came from" in refused("--run", tmp_path / "model")
 
     unfinished = shutil.copytree(run, tmp_path / "unfinished")
