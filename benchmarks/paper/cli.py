@@ -67,9 +67,7 @@ def paper(
     ] = "cpu",
     times_here: Annotated[
         bool,
-        typer.Option(
-            "--times-here", help="Time steps and searches on this machine too, where others have; both are shown."
-        ),
+        typer.Option("--times-here", help="Time models on this machine too, where others have: the page shows both."),
     ] = False,
     page: Annotated[Path | None, typer.Option(help="The page to write. Default: paper.md in --out.")] = None,
     report: Annotated[

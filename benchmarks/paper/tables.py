@@ -310,8 +310,7 @@ def search_by_size(bench: Bench, add: Callable[[Row], None]) -> None:
         else:
             bench.tell(f"searching {size:,} generated items")
             timings = bench.store.by_machine(
-                "search", settings, lambda plan=plan: measure_search(plan.partition, preset.search_rounds),  # type: ignore[misc]
-                bench.times_here,
+                "search", settings, lambda plan=plan: measure_search(plan.partition, preset.search_rounds)  # type: ignore[misc]
             )  # fmt: skip
             for kept in timings:
                 row.times.append(

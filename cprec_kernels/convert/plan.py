@@ -218,7 +218,7 @@ def find_classifier(
 
     Raises:
         TypeError: the named module is not an nn.Linear.
-        ValueError: several, or one of another number of classes.
+        ValueError: several, one of another number of classes, or one that does more than an nn.Linear.
     """
     sizes = {table.num_embeddings, num_items}
     if name is None:

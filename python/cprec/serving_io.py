@@ -21,8 +21,8 @@ HISTORY_FORMATS: tuple[HistoryFormat, ...] = ("sequences", "users", "jsonl")
 COLUMNS = ("user", "rank", "item", "score", "fallback")
 OUTPUT_FORMATS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 STDIO = "-"
-# What separates items, as where prepared data came from: an id may hold other white space.
-BLANK = " \t\f\v"
+# What an id does not begin or end with; it may hold other white space, and other than blanks and tabs within.
+BLANK = " \t\r\f\v\ufeff"
 
 
 class History(NamedTuple):
@@ -75,7 +75,7 @@ def _parse(stream: IO[bytes], name: str, format: HistoryFormat | None) -> Iterat
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 text (byte {error.start}): convert the file to UTF-8") from None
-        if not line.strip():
+        if not line.strip(BLANK + "\n"):
             continue
         found = True
         if format is None:
@@ -92,7 +92,7 @@ def _parse(stream: IO[bytes], name: str, format: HistoryFormat | None) -> Iterat
 
 def _split(text: str, where: str) -> list[str]:
     if "," not in text:
-        return [item for item in re.split(f"[{BLANK}]+", text) if item]
+        return [item for item in re.split("[ \t]+", text.strip(BLANK)) if item]
     items = [item.strip(BLANK) for item in text.split(",")]
     if "" in items:
         raise ValueError(f"{where}: item {items.index('') + 1} between the commas is empty")

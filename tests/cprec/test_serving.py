@@ -313,6 +313,7 @@ def test_ids_keep_white_space_that_does_not_separate(result, tmp_path):
     assert read("a\u00a0b  c\u3000d \n") == [History("1", ["a\u00a0b", "c\u3000d"])]
     assert read("\u2003u\ta\u00a0b\tc\n") == [History("\u2003u", ["a\u00a0b", "c"])]
     assert read("a\u00a0, b\n") == [History("1", ["a\u00a0", "b"])]
+    assert read("\u00a0\n \na\fb\f c\f\n") == [History("1", ["\u00a0"]), History("3", ["a\fb\f", "c"])]
 
 
 def test_a_carriage_return_in_an_id_stays_in_its_field(model, catalogue, tmp_path):

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import polars as pl
 
+from cprec.serving_io import BLANK
+
 from .errors import DataError
-from .sample import BLANK, Sample, check_file, is_parquet, read_sample
+from .sample import Sample, check_file, is_parquet, read_sample
 
 FORMATS = ("pairs", "sequences", "csv", "tsv", "parquet", "inter", "ml-1m", "ml-100k", "amazon")
 

@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 import polars as pl
 
+from cprec.serving_io import BLANK
+
 from .errors import DataError
 from .layout import FORMATS, Layout, detect_format, make_layout, resolve_columns
-from .sample import BLANK, check_file, is_parquet, not_utf8, read_sample
+from .sample import check_file, is_parquet, not_utf8, read_sample
 
 __all__ = ["FORMATS", "Interactions", "detect_format", "scan_interactions"]
 

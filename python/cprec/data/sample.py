@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from cprec.serving_io import BLANK
+
 from .errors import DataError
 
 SAMPLE_BYTES = 1 << 16
-BLANK = " \t\r\f\v\ufeff"
 
 
 @dataclasses.dataclass(frozen=True)
