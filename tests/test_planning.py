@@ -183,6 +183,7 @@ def test_items_that_nobody_saw_get_few_columns():
         (3, ValueError, r"got shape \(\)"),
         ([3, 2, 5], ValueError, r"counts must not increase, but counts\[2\] = 5 follows 2"),
         ([3, 2, -1], ValueError, r"counts\[2\] = -1 is negative"),
+        ([0.5, 0.3, 0.2], ValueError, r"counts\[0\] = 0.5 is the largest and below 1, so these are shares"),
         ([3.0, math.nan, 1.0], ValueError, r"counts\[1\] = nan is not a finite number"),
         ([math.inf, 1.0], ValueError, r"counts\[0\] = inf is not a finite number"),
         ([1e308, 1e308], ValueError, "add up to more than a float holds"),
@@ -310,7 +311,7 @@ def test_sums_of_runs_are_sums_of_items():
 
 
 def test_distinct_counts_beyond_what_is_kept_are_joined(monkeypatch):
-    numbers = falling(np.random.default_rng(0).random(5000))
+    numbers = falling(np.random.default_rng(0).random(5000) * 1_000)
     exact = Planner(numbers, 16)
     monkeypatch.setattr(counts, "MAX_RUNS", 1000)
     joined = Planner(numbers, 16)

@@ -30,7 +30,8 @@ class BlockEmbedding(ChangingCatalogue, Pretrained, nn.Module):
     Args:
         partition: the clusters; ``partition.num_items`` ids of width ``partition.embedding_dim``.
         padding_idx: an id (negative counts from the end, as in torch) that embeds to zero and gets no gradient.
-        sparse: sparse gradients for the tables, for optimizers that touch only the rows of a batch. Eager mode only.
+        sparse: sparse gradients for the tables, for optimizers that touch only the rows of a batch. Eager mode only, and
+            not under DistributedDataParallel, which takes sparse gradients from ``nn.Embedding`` alone.
         device, dtype: of the parameters.
 
     Attributes:

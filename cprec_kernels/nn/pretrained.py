@@ -92,7 +92,9 @@ def read_folder(
     try:
         with package.safe_open(folder / WEIGHTS_NAME, framework="pt", device=str(device or "cpu")) as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # On the CPU they are views of the mapped file: copied, or writing to it later would write to the module.
+            on_device = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            tensors = {name: tensor.clone() if tensor.device.type == "cpu" else tensor for name, tensor in on_device}
     except (package.SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS_NAME} is not a whole safetensors file: {error}") from error
     fingerprint = hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest()

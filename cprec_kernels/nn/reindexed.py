@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,62 @@ from .softmax_base import ClusteredSoftmaxBase
 ABSENT = -1e4
 
 
-class ReindexedEmbedding(nn.Module):
+class HoldsPermutations(nn.Module):
+    """A module with tensors of ids that move with it and travel with ``state_dict``, as buffers do, and are none.
+
+    Weight averaging takes every buffer for numbers of which there is a mean: torch's ``AveragedModel(use_buffers=True)``
+    and Lightning's ``EMAWeightAveraging`` would round a permutation to one that is none, without a word.
+    """
+
+    _permutations: tuple[str, ...] = ()  # names of attributes
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for name in self._permutations:
+            setattr(self, name, fn(getattr(self, name)))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._permutations:
+            ids: Tensor = getattr(self, name)
+            destination[prefix + name] = ids if keep_vars else ids.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name in self._permutations:
+            key, own = prefix + name, getattr(self, name)
+            if key not in state_dict:
+                missing_keys.append(key)
+                continue
+            if key in unexpected_keys:
+                unexpected_keys.remove(key)
+            given = state_dict[key]
+            if not isinstance(given, Tensor) or given.shape != own.shape or given.dtype != own.dtype:
+                described = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+                error_msgs.append(f"{key}: {own.dtype} {tuple(own.shape)} is needed, got {described}")
+            elif local_metadata.get("assign_to_params_buffers", False):
+                setattr(self, name, given.detach())
+            else:
+                own.copy_(given)
+
+
+class ReindexedEmbedding(HoldsPermutations):
     """In the place of an ``nn.Embedding``: takes its ids, and looks them up in a table sorted by frequency.
 
-    A :class:`BlockEmbedding` numbers items by falling frequency. This module keeps the permutation beside it, as a buffer
-    that travels with ``state_dict``, so that nothing outside has to change its ids.
+    A :class:`BlockEmbedding` numbers items by falling frequency. This module keeps the permutation beside it, which
+    travels with ``state_dict`` and is no buffer (averages of weights would average it), so that nothing outside has to change its ids.
 
     Args:
         embedding: the table.
@@ -40,6 +91,7 @@ class ReindexedEmbedding(nn.Module):
     """
 
     items: Tensor
+    _permutations = ("items",)
 
     def __init__(self, embedding: BlockEmbedding, items: Tensor) -> None:
         super().__init__()
@@ -48,7 +100,7 @@ class ReindexedEmbedding(nn.Module):
         _check_items(items, embedding.partition.num_items)
         self.embedding = embedding
         embedding.owner = embedding.owner or "a ReindexedEmbedding"
-        self.register_buffer("items", items)
+        self.items = items
         self.num_embeddings = items.numel()
         self.embedding_dim = embedding.partition.embedding_dim
         self.softmax: ReindexedSoftmax | None
@@ -83,7 +135,7 @@ class ReindexedEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}"
 
 
-class ReindexedSoftmax(nn.Module):
+class ReindexedSoftmax(HoldsPermutations):
     """In the place of an ``nn.Linear`` classifier: takes hidden states, and answers in the classes of that classifier.
 
     ``forward`` gives log-probabilities of all classes. Cross entropy, argmax and top-k of these are those of the
@@ -103,6 +155,7 @@ class ReindexedSoftmax(nn.Module):
 
     items: Tensor
     classes: Tensor
+    _permutations = ("items", "classes")
 
     def __init__(self, softmax: ClusteredSoftmaxBase, items: Tensor) -> None:
         super().__init__()
@@ -120,8 +173,8 @@ class ReindexedSoftmax(nn.Module):
         self.softmax = softmax
         if isinstance(softmax, ChangingCatalogue):
             softmax.owner = "a ReindexedSoftmax"
-        self.register_buffer("items", items)
-        self.register_buffer("classes", classes)
+        self.items = items
+        self.classes = classes
         self.in_features = softmax.in_features
         self.out_features = items.numel()
 

@@ -83,8 +83,10 @@ class TopKIndex:
         blocks: str | None,
         fingerprint: str,
         module: ClusteredSoftmaxBase | None = None,
+        built_from: list[tuple[Any, ...]] | None = None,
     ) -> None:
-        """For :meth:`build` and :meth:`load`, which check what they pass."""
+        """For :meth:`build` and :meth:`load`, which check what they pass: ``built_from`` is the module's state as it was
+        before they first read its parameters."""
         self._arrays = arrays
         self._search = CheckedIndex(arrays)
         self._partition = partition
@@ -93,11 +95,9 @@ class TopKIndex:
         self._blocks = blocks
         self._fingerprint = fingerprint
         self._module = None if module is None else weakref.ref(module)
-        self._built_from = [] if module is None else _state(module)
+        self._built_from = built_from
         # A weak reference keeps a freed storage's identity from being given to a new one, as its address may be.
         self._storages = [] if module is None else [StorageWeakRef(p.untyped_storage()) for p in module.parameters()]
-        if module is not None:
-            _watch_fused_optimizers()
 
     @classmethod
     def build(
@@ -121,6 +121,7 @@ class TopKIndex:
                 search, by a try with items of the head (docs/topk.md, (c)).
 
         Raises:
+            RuntimeError: something else wrote to the module meanwhile, in the first try and in a second.
             TypeError: not a ClusteredSoftmaxWithLoss, a module in float64.
             ValueError: an unknown storage or order, a module elsewhere than on the CPU, NaN or inf in a parameter, a
                 weight that the storage cannot hold.
@@ -132,16 +133,28 @@ class TopKIndex:
             raise ValueError(f"blocks must be 'auto', 'kd' or None, got {blocks!r}")
         if module.partition.num_items > MAX_ITEMS:
             raise ValueError(f"an index holds at most {MAX_ITEMS} items, the module has {module.partition.num_items}")
-        with torch.no_grad():
-            arrays = pack(module.packed_weights(), storage, exact, blocks).in_large_pages()
+        _watch_fused_optimizers()  # before the state is taken: steps from here on count
+        for _ in range(2):
+            state = _state(module)
+            with torch.no_grad():
+                arrays = pack(module.packed_weights(), storage, exact, blocks).in_large_pages()
+            fingerprint = _fingerprint(module)
+            if _state(module) == state:
+                break
+        else:
+            raise RuntimeError(
+                "the module was written to while its index was built: build it when no other thread trains it, or of a "
+                "copy that none trains (copy.deepcopy); a parametrization that updates itself needs module.eval() first"
+            )
         return cls(
             arrays,
             module.partition,
             storage=storage,
             exact=exact or storage == "float32",
             blocks=blocks,
-            fingerprint=_fingerprint(module),
+            fingerprint=fingerprint,
             module=module,
+            built_from=state,
         )
 
     def topk(
@@ -238,7 +251,10 @@ class TopKIndex:
         if module is not None:
             _check_module(module)
         about, partition, arrays = read_index(path, mmap=mmap, verify=verify)
+        state = None
         if module is not None:
+            _watch_fused_optimizers()
+            state = _state(module)
             if partition != module.partition:
                 raise ValueError(
                     f"{os.fspath(path)} is an index of {describe(partition)}; the module has {describe(module.partition)}"
@@ -256,6 +272,7 @@ class TopKIndex:
             blocks=about["blocks"],
             fingerprint=about["parameters"],
             module=module,
+            built_from=state,
         )
 
     @property

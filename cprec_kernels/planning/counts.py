@@ -40,7 +40,8 @@ class Popularity:
             counts: (K,) integers or floats, not increasing, none below 0; a tensor on the CPU will do.
 
         Raises:
-            TypeError: not numbers; ValueError: empty, not a vector, negative, not finite, or increasing somewhere.
+            TypeError: not numbers; ValueError: empty, not a vector, negative, not finite, increasing somewhere, or
+                shares (the largest is below 1), of which nobody can say how well an item is known.
         """
         array = np.asarray(counts)
         if array.dtype.kind not in "iuf":
@@ -49,6 +50,10 @@ class Popularity:
             raise ValueError(f"counts must be a vector, one count per item, got shape {array.shape}")
         if not len(array):
             raise ValueError("counts is empty: a catalogue needs at least one item")
+        if array.dtype.kind == "f" and 0 < array[0] < 1:
+            raise ValueError(
+                f"counts[0] = {array[0]} is the largest and below 1, so these are shares: pass how often each item was seen"
+            )
         starts = np.concatenate([*_run_starts(array), [len(array)]]).astype(np.int64)
         values = array[starts[:-1]].astype(np.float64)
         if len(values) > MAX_RUNS:

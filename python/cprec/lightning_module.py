@@ -144,6 +144,13 @@ class TrainingModule(pl.LightningModule):
 
     # Optimisation
 
+    def setup(self, stage: str) -> None:
+        if self.model.config.sparse_embedding and self.trainer.world_size > 1:
+            raise ValueError(
+                f"sparse_embedding trains on one device, not {self.trainer.world_size}: torch's DDP takes sparse gradients "
+                "from nn.Embedding alone. Pass devices 1, or turn sparse_embedding off"
+            )
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.model, self.config.learning_rate, self.config.weight_decay)
         warmup = self.config.warmup_steps

@@ -385,6 +385,26 @@ def test_pickled_sequences_map_the_file_again(folder):
     assert [row.tolist() for row in again] == [row.tolist() for row in train]
 
 
+def test_a_folder_that_is_prepared_again_is_not_mixed_with_the_open_one(folder, tmp_path):
+    data, whole = PreparedData.open(folder), PreparedData.open(folder)
+    train = [row.tolist() for row in whole.train]
+    targets, ids = whole.evaluation("test").targets.tolist(), whole.catalogue.raw_ids.to_list()
+    pickled = pickle.dumps(data.train)
+    (tmp_path / "log.txt").write_text(LOG.replace("e", "new") + "4 new 1\n4 new 2\n4 a 3\n4 b 4\n")
+    prepare(tmp_path / "log.txt", folder, overwrite=True)
+    assert [row.tolist() for row in data.train] == train
+    assert data.evaluation("test").targets.tolist() == targets
+    assert whole.catalogue.raw_ids.to_list() == ids
+    for read in (
+        lambda: data.catalogue.raw_ids,
+        lambda: data.user_ids,
+        lambda: data.evaluation("test").user_ids,
+        lambda: pickle.loads(pickled),
+    ):
+        with pytest.raises(DataError, match="has been prepared again since it was opened"):
+            read()
+
+
 def test_a_million_rows(tmp_path):
     """Vectorised all the way: with Python loops over rows this one would be felt."""
     random = np.random.default_rng(0)

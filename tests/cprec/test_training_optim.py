@@ -1,12 +1,14 @@
 """Optimisers, clipping, warm-up and the order of batches."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from cprec.batches import EpochBatches, ResumableBatches, ordered_batches
+from cprec.lightning_module import TrainingModule
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.optim import (
     build_optimizer,
@@ -64,6 +66,13 @@ def steps(model, optimizer, seeds):
         prepare_step(optimizer, model.embedding, windows(seed)[:, :-1])
         model.loss(windows(seed)).backward()
         optimizer.step()
+
+
+def test_sparse_tables_train_on_one_device(monkeypatch):
+    monkeypatch.setattr(TrainingModule, "trainer", SimpleNamespace(world_size=2))
+    TrainingModule(tiny_model(), None, None).setup("fit")
+    with pytest.raises(ValueError, match="sparse_embedding trains on one device, not 2"):
+        TrainingModule(tiny_model(sparse=True), None, None).setup("fit")
 
 
 def test_sparse_tables_move_in_the_rows_of_the_batch_and_decay_in_all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -154,3 +155,14 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, small_disk):
     with pytest.raises(OSError, match=r"File too large: '.*new/model\.safetensors'"):
         module.save_pretrained(tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_does_not_change_with_the_file_it_came_from(tmp_path):
+    partition = Partition(1_000, [100], [16, 4], 16)
+    first, second = (ClusteredSoftmaxWithLoss(16, partition) for _ in range(2))
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+    loaded = ClusteredSoftmaxWithLoss.from_pretrained(tmp_path / "first")
+    shutil.copyfile(tmp_path / "second" / "model.safetensors", tmp_path / "first" / "model.safetensors")
+    hidden = torch.randn(3, 16)
+    assert torch.equal(loaded.log_prob(hidden), first.log_prob(hidden))

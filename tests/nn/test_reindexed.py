@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cprec_kernels import Partition
 from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss, ReindexedEmbedding, ReindexedSoftmax
@@ -40,3 +41,49 @@ def test_an_embedding_leaves_items_out_and_a_softmax_none():
         ReindexedEmbedding(nn.Linear(2, 2), ids(0))
     with pytest.raises(TypeError, match="softmax must be a ClusteredSoftmaxWithLoss or TiedBlocks, got Linear"):
         ReindexedSoftmax(nn.Linear(2, 2), ids(0))
+
+
+def reindexed():
+    items = torch.randperm(2_000)
+    partition = Partition(2_000, [100], [8, 4], 8)
+    softmax = ReindexedSoftmax(ClusteredSoftmaxWithLoss(8, partition), items)
+    return nn.Sequential(ReindexedEmbedding(BlockEmbedding(partition), items.clone()), softmax)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_averages_of_weights_leave_the_ids_alone(decay):
+    model = reindexed()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(model)
+    for own, averaged in zip(model, average.module, strict=True):
+        assert torch.equal(own.items, averaged.items)
+    assert torch.equal(model[1].classes, average.module[1].classes)
+
+
+def test_ids_travel_with_the_state_and_with_the_module():
+    model, other = reindexed(), reindexed()
+    state = model.state_dict()
+    assert [name for name in state if name.endswith(("items", "classes"))] == ["0.items", "1.items", "1.classes"]
+    ids = torch.arange(2_000)
+    assert not torch.equal(other(ids), model(ids))
+    other.load_state_dict(state)
+    assert torch.equal(other(ids), model(ids))
+    assert other[0].items.data_ptr() != model[0].items.data_ptr()
+    skeleton = reindexed().to("meta")
+    assert skeleton[0].items.is_meta and skeleton[1].classes.is_meta
+    skeleton.load_state_dict(state, assign=True)
+    assert torch.equal(skeleton(ids), model(ids))
+    assert model.double()[0].items.dtype == torch.int64
+
+
+def test_a_state_without_the_ids_or_with_others_is_refused():
+    model = reindexed()
+    state = model.state_dict()
+    without = {name: value for name, value in state.items() if name != "1.classes"}
+    with pytest.raises(RuntimeError, match='Missing key.*"1.classes"'):
+        model.load_state_dict(without)
+    with pytest.raises(RuntimeError, match=r"0.items: torch.int64 \(2000,\) is needed, got torch.int64 \(7,\)"):
+        model.load_state_dict({**state, "0.items": torch.arange(7)})
+    with pytest.raises(RuntimeError, match=r"0.items: torch.int64 \(2000,\) is needed, got torch.float32 \(2000,\)"):
+        model.load_state_dict({**state, "0.items": torch.zeros(2_000)})

@@ -15,6 +15,7 @@ from torch import nn
 
 from cprec_kernels import Partition, optim
 from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss, TopKIndex, TopKResult
+from cprec_kernels.nn import topk_index
 from cprec_kernels.nn.index_packing import STORAGES
 from cprec_kernels.testing import make_hidden, make_softmax
 
@@ -299,6 +300,45 @@ def test_row_optimizers_count_every_write(kind, cpu_backend):
         write()
         assert table._version > before
         optimizer.step()
+
+
+def written_while_read(monkeypatch, module, times):
+    """Write to the module, as a thread that trains it would, in the first ``times`` of the moments after packing."""
+    fingerprint, left = topk_index._fingerprint, [times]
+
+    def written(of):
+        if left[0]:
+            left[0] -= 1
+            with torch.no_grad():
+                module.weights[1].mul_(-3)
+        return fingerprint(of)
+
+    monkeypatch.setattr(topk_index, "_fingerprint", written)
+
+
+def test_a_write_while_an_index_is_built_is_noticed(monkeypatch):
+    module, x = softmax(), torch.randn(5, 24)
+    written_while_read(monkeypatch, module, 1)
+    assert torch.equal(module.build_index().topk(x, 9).items, module.topk(x, 9)[1])  # the second try
+    written_while_read(monkeypatch, module, 2)
+    with pytest.raises(RuntimeError, match="the module was written to while its index was built"):
+        module.topk(x, 9, storage="float32")
+    assert torch.equal(module.topk(x, 9, storage="float32")[1], module.topk(x, 9)[1])
+
+
+def test_a_write_while_an_index_is_compared_makes_it_stale(monkeypatch, tmp_path):
+    module = softmax()
+    module.build_index().save(tmp_path / "index")
+    fingerprint = topk_index._fingerprint
+
+    def then_written(of):
+        found = fingerprint(of)
+        with torch.no_grad():
+            module.weights[1].mul_(-3)
+        return found
+
+    monkeypatch.setattr(topk_index, "_fingerprint", then_written)
+    assert TopKIndex.load(tmp_path / "index", module=module).is_stale
 
 
 def test_an_index_is_a_copy():

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from .files import of_one_preparation
+
 IDS = "items.arrow"
 COUNTS = "counts.npy"
 
@@ -30,6 +32,7 @@ class Catalogue:
     """
 
     _folder: Path
+    _fingerprint: str
 
     def __init__(self, raw_ids: Sequence[str] | pl.Series, counts: npt.ArrayLike) -> None:
         self.raw_ids = raw_ids if isinstance(raw_ids, pl.Series) else pl.Series("id", raw_ids, dtype=pl.String)
@@ -43,10 +46,10 @@ class Catalogue:
             )
 
     @classmethod
-    def load(cls, folder: Path) -> Catalogue:
-        """The catalogue of a prepared folder, memory-mapped."""
+    def load(cls, folder: Path, fingerprint: str) -> Catalogue:
+        """The catalogue of the prepared folder that has this fingerprint, memory-mapped."""
         catalogue = cls.__new__(cls)
-        catalogue._folder = folder
+        catalogue._folder, catalogue._fingerprint = folder, fingerprint
         catalogue.counts = np.load(folder / COUNTS, allow_pickle=False)
         return catalogue
 
@@ -58,7 +61,7 @@ class Catalogue:
     @functools.cached_property
     def raw_ids(self) -> pl.Series:
         """(K,) ids as text; indexing and iteration give str, :meth:`decode` is quicker for many."""
-        return pl.read_ipc(self._folder / IDS)["id"]
+        return read_ids(self._folder, IDS, self._fingerprint)
 
     @property
     def num_items(self) -> int:
@@ -104,3 +107,9 @@ def write_ids(path: Path, ids: pl.Series) -> None:
     """One column ``id`` as Arrow IPC. The oldest layout keeps text in one buffer: same ids, same bytes."""
     frame = ids.rename("id").rechunk().to_frame()
     frame.write_ipc(path, compression="uncompressed", compat_level=pl.CompatLevel.oldest())
+
+
+def read_ids(folder: Path, name: str, fingerprint: str) -> pl.Series:
+    """What :func:`write_ids` wrote. Raises DataError if the folder is not that of this fingerprint any more."""
+    with of_one_preparation(folder, fingerprint):
+        return pl.read_ipc(folder / name)["id"]

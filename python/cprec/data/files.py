@@ -39,6 +39,29 @@ def fingerprint(meta: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+@contextlib.contextmanager
+def of_one_preparation(folder: Path, expected: str) -> Iterator[None]:
+    """For reading what was not read when a folder was opened: not from another one that has taken its name since.
+
+    Raises:
+        DataError: the folder is gone or holds another ``fingerprint`` than it did, before the reading or after it.
+    """
+    _check_same(folder, expected)
+    try:
+        yield
+    finally:
+        _check_same(folder, expected)
+
+
+def _check_same(folder: Path, expected: str) -> None:
+    found = None
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / META).read_text("utf-8")).get("fingerprint")
+    if found != expected:
+        done = "is gone" if found is None else "has been prepared again"
+        raise DataError(f"{done} since it was opened; open it again, and prepare to another folder next time", folder)
+
+
 def check_target(out: Path, overwrite: bool) -> None:
     """Refuse a target folder that must not be replaced.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from .catalogue import COUNTS, IDS, Catalogue
+from .catalogue import COUNTS, IDS, Catalogue, read_ids
 from .errors import DataError
-from .files import MARKER, META, digest, fingerprint
+from .files import MARKER, META, digest, fingerprint, of_one_preparation
 
 VERSION = 1
 ITEMS, OFFSETS, TRAIN_ENDS, VALID, TEST = "sequences.npy", "offsets.npy", "train_ends.npy", "valid.npy", "test.npy"
@@ -31,7 +32,11 @@ class Sequences:
     Args:
         items: flat integer array, usually a read-only memory map; never copied.
         offsets: (N + 1,) int64; sequence i lies between ``offsets[i]`` and ``offsets[i + 1]``.
+
+    A copy in another process maps the file of ``items`` again.
     """
+
+    _file: tuple[int, ...] | None = None  # which file ``items`` is mapped from, where that is known
 
     def __init__(self, items: npt.NDArray[np.integer], offsets: npt.ArrayLike) -> None:
         offsets = np.asarray(offsets, dtype=np.int64)
@@ -100,8 +105,16 @@ class Sequences:
     def __setstate__(self, state: dict[str, Any]) -> None:
         if isinstance(state["items"], tuple):
             name, dtype, shape, offset = state["items"]
+            if state.get("_file", None) not in (None, _file_of(name)):
+                raise DataError("has been prepared again since it was opened; open it again", Path(name).parent)
             state["items"] = np.memmap(name, dtype=dtype, mode="r", shape=shape, offset=offset)
         self.__dict__.update(state)
+
+
+def _file_of(path: str | Path) -> tuple[int, ...]:
+    """What tells a file from another one of its name."""
+    about = os.stat(path)
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +130,7 @@ class EvaluationSplit:
     histories: Sequences
     targets: IntArray
     users: IntArray
-    _users_file: Path = dataclasses.field(repr=False)
+    _read_user_ids: Callable[[], pl.Series] = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -125,11 +138,14 @@ class EvaluationSplit:
     @property
     def user_ids(self) -> pl.Series:
         """(N,) raw user ids as text."""
-        return pl.read_ipc(self._users_file)["id"].gather(self.users)
+        return self._read_user_ids().gather(self.users)
 
 
 class PreparedData:
     """A folder written by :func:`cprec.data.prepare`; get one with :meth:`open`.
+
+    What is not read at once is mapped at once, so a folder that is prepared again meanwhile changes nothing here; ids of
+    users and items, which are read when asked for, are then refused.
 
     Attributes:
         folder: where it is. meta: what meta.json says. catalogue: items, counts and raw ids.
@@ -138,9 +154,14 @@ class PreparedData:
 
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
         self.folder, self.meta = folder, meta
-        self.catalogue = Catalogue.load(folder)
-        self._items: npt.NDArray[np.integer] = np.load(folder / ITEMS, mmap_mode="r", allow_pickle=False)
-        self._offsets: IntArray = np.load(folder / OFFSETS, allow_pickle=False)
+        with of_one_preparation(folder, self.fingerprint):
+            self.catalogue = Catalogue.load(folder, self.fingerprint)
+            self._items: npt.NDArray[np.integer] = np.load(folder / ITEMS, mmap_mode="r", allow_pickle=False)
+            self._items_file = _file_of(folder / ITEMS)
+            self._offsets: IntArray = np.load(folder / OFFSETS, allow_pickle=False)
+            self._train_ends, self._valid, self._test = (
+                np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (TRAIN_ENDS, VALID, TEST)
+            )
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True) -> PreparedData:
@@ -196,29 +217,34 @@ class PreparedData:
     @functools.cached_property
     def user_ids(self) -> pl.Series:
         """Raw ids of all users, in order of first appearance."""
-        return pl.read_ipc(self.folder / USERS)["id"]
+        return read_ids(self.folder, USERS, self.fingerprint)
+
+    def _of_file(self, sequences: Sequences) -> Sequences:
+        sequences._file = self._items_file
+        return sequences
 
     @functools.cached_property
     def sequences(self) -> Sequences:
         """All interactions of every user, hidden targets included."""
-        return Sequences(self._items, self._offsets)
+        return self._of_file(Sequences(self._items, self._offsets))
 
     @functools.cached_property
     def train(self) -> Sequences:
         """Training parts of the sequences, those without one left out."""
         starts = self._offsets[:-1]
-        ends: IntArray = np.load(self.folder / TRAIN_ENDS, allow_pickle=False)
+        ends = np.asarray(self._train_ends)
         some = ends > starts
-        return Sequences.view(self._items, starts[some], ends[some])
+        return self._of_file(Sequences.view(self._items, starts[some], ends[some]))
 
     def evaluation(self, split: str) -> EvaluationSplit:
         """Targets and histories of ``"valid"`` or ``"test"``."""
         if split not in ("valid", "test"):
             raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
-        positions: IntArray = np.load(self.folder / (VALID if split == "valid" else TEST), allow_pickle=False)
+        positions: IntArray = np.asarray(self._valid if split == "valid" else self._test)
         users = np.searchsorted(self._offsets, positions, side="right") - 1
-        histories = Sequences.view(self._items, self._offsets[users], positions)
-        return EvaluationSplit(split, histories, self._items[positions].astype(np.int64), users, self.folder / USERS)
+        histories = self._of_file(Sequences.view(self._items, self._offsets[users], positions))
+        read_user_ids = functools.partial(read_ids, self.folder, USERS, self.fingerprint)
+        return EvaluationSplit(split, histories, self._items[positions].astype(np.int64), users, read_user_ids)
 
     def check_source(self, path: str | Path) -> None:
         """Raises DataError when ``path`` is not byte for byte the file this folder was prepared from."""
