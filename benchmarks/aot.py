@@ -38,8 +38,8 @@ SCHEMA = 1
 
 ARCHES = (80, 90)
 STACK_LIMIT = 64
-# Bytes of shared memory that one block can have (CUDA programming guide, compute capabilities 8.0 and 9.0).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+# Bytes of shared memory that one block can have (CUDA programming guide, by compute capability).
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 GROWTH_LIMIT = 1.15
 # fp16 has the tiles of bf16, and ranks between others have tiles between theirs.
 COARSE = re.compile(r"^(?!.*(fp16|/(32|64|256)$))")

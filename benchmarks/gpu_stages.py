@@ -92,8 +92,14 @@ def loss(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     value = functional.clustered_cross_entropy(hidden, target, weights)
     value.backward()
     assert hidden.grad is not None
-    found = {"loss": value.detach(), "d_input": hidden.grad}
-    groups = (("d_weight", weights.weights), ("d_projection", weights.projections), ("d_bias", weights.tail_biases))
+    assert weights.head_bias is not None
+    assert weights.head_bias.grad is not None
+    found = {"loss": value.detach(), "d_input": hidden.grad, "d_head_bias": weights.head_bias.grad}
+    groups = (
+        ("d_weight", weights.weights),
+        ("d_projection", weights.projections),
+        ("d_tail_bias", weights.tail_biases),
+    )
     for name, group in groups:
         found |= {f"{name}{j}": leaf.grad for j, leaf in enumerate(group) if leaf.grad is not None}
     return found
@@ -108,10 +114,18 @@ def searched(size: Size, dtype: torch.dtype, device: str) -> tuple[Tensor, funct
 def topk(size: Size, dtype: torch.dtype, device: str, narrowed: bool = False) -> dict[str, Tensor]:
     hidden, weights = searched(size, dtype, device)
     if not narrowed:
-        return {f"scores{k}": functional.clustered_topk(hidden, k, weights)[0] for k in (1, 10, 200)}
-    exclude = make_ids(size.partition, (64, 50)).to(device)
-    candidates = torch.arange(0, size.partition.num_items, 3, device=device)
-    return {"scores": functional.clustered_topk(hidden, 10, weights, exclude=exclude, candidates=candidates)[0]}
+        found = {k: functional.clustered_topk(hidden, k, weights) for k in (1, 10, 200)}
+    else:
+        exclude = make_ids(size.partition, (64, 50)).to(device)
+        candidates = torch.arange(0, size.partition.num_items, 3, device=device)
+        found = {10: functional.clustered_topk(hidden, 10, weights, exclude=exclude, candidates=candidates)}
+    exact_hidden, exact_weights = searched(size, torch.float64, device)
+    parts = {}
+    for k, (scores, items) in found.items():
+        # Near ties trade places when logits are rounded: an item is right if its own score is.
+        with use_backend("reference"):
+            parts |= {f"scores{k}": scores, f"own{k}": functional.clustered_score(exact_hidden, items, exact_weights)}
+    return parts
 
 
 def rank(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:

@@ -138,8 +138,8 @@ class Op:
         truth: (problem, formula, dtype) -> the formula's outputs by plain torch in "float64", or in a dtype of DTYPES.
         compare: judges a provider's outputs; None for the tolerance rule.
         baseline: provider that ratios refer to.
-        referee: problem -> (formula, its outputs in fp64 for the first few rows, at full size), asked when providers
-            disagree there.
+        referee: (problem, rows) -> (formula, its outputs in fp64 for these rows (R,) of them, at full size), asked when
+            providers disagree there.
     """
 
     name: str
@@ -151,7 +151,7 @@ class Op:
     problem: Callable[[Setting], Any]
     truth: Callable[[Any, str, str], Results]
     compare: Compare | None = None
-    referee: Callable[[Any], tuple[str, Results]] | None = None
+    referee: Callable[[Any, Tensor], tuple[str, Results]] | None = None
 
     def provider(self, name: str) -> Provider:
         """Raises BenchmarkError for a name that is not among them."""

@@ -192,9 +192,10 @@ def _time(
     disputed = verify.disagreements(summaries, formulas, dtypes, trusted)
     if disputed and op.referee is not None:
         progress("asking fp64", 0.5)
-        formula, judged = op.referee(problem)
+        rows_to_judge = verify.rows_to_judge(summaries, formulas, trusted)
+        formula, judged = op.referee(problem, rows_to_judge)
         for name, provider in [(name, pair[0]) for name, pair in runnable.items() if formulas[name] == formula]:
-            reason = verify.errors_against_referee(summaries[name], judged, dtypes[name])
+            reason = verify.errors_against_referee(summaries[name], rows_to_judge, judged, dtypes[name])
             if disputed.get(name, "").startswith(tuple(f"{key} " for key in judged)):
                 del disputed[name]
             if reason and provider.is_ours:

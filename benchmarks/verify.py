@@ -13,12 +13,14 @@ import dataclasses
 import math
 
 import torch
+from torch import Tensor
 
 from benchmarks.registry import Op, Provider, Results, Setting
 from cprec_kernels.testing import EPS, assert_accurate, relative_error
 
 # At full size two fp32 sums over up to 10^7 entries are compared with one another, not with the truth.
 FULL_SIZE_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+REFEREE_ROWS = 4
 # How many times the rule's bound a peer may err: enough for another order of summation, far from another function.
 PEER_SLACK = {"float32": 32.0, "bfloat16": 4.0}
 
@@ -99,15 +101,33 @@ class Gate:
         return Verdict("", "")
 
 
-def errors_against_referee(summary: Results, judged: Results, dtype: str) -> str:
-    """How the first rows of a full-size summary are off, beyond the tolerance; "" when they are not."""
+def rows_to_judge(summaries: dict[str, Results], formulas: dict[str, str], trusted: list[str]) -> Tensor:
+    """Rows for a referee at full size: the first few, and those in which a provider differs most from the yardstick."""
+    rows = set(range(REFEREE_ROWS))
+    for name, summary in summaries.items():
+        yardstick = summaries.get(_yardstick(name, formulas, trusted), {})
+        for key, value in summary.items():
+            other = yardstick.get(key)
+            if value.dim() == 2 and other is not None and other.shape == value.shape:
+                # What is not finite differs most.
+                apart = (value.double() - other.double()).norm(dim=1).nan_to_num(nan=math.inf)
+                rows |= set(apart.topk(min(REFEREE_ROWS, len(apart))).indices.tolist())
+    return torch.tensor(sorted(rows))
+
+
+def errors_against_referee(summary: Results, rows: Tensor, judged: Results, dtype: str) -> str:
+    """How rows (R,) of a full-size summary are off, beyond the tolerance; "" when they are not."""
     for key, value in judged.items():
         if key not in summary:
             continue
-        error = relative_error(summary[key][: value.shape[0]], value)
+        error = relative_error(summary[key][rows], value)
         if not error <= FULL_SIZE_TOLERANCE[dtype]:
             return f"{key} at full size is off by {error:.1e} against fp64"
     return ""
+
+
+def _yardstick(name: str, formulas: dict[str, str], trusted: list[str]) -> str:
+    return next((other for other in trusted if formulas.get(other) == formulas[name]), name)
 
 
 def disagreements(
@@ -121,12 +141,13 @@ def disagreements(
     """
     found = {}
     for name, summary in summaries.items():
-        yardstick = next((other for other in trusted if formulas.get(other) == formulas[name]), name)
+        yardstick = _yardstick(name, formulas, trusted)
         if yardstick not in summaries:
             continue
         bound = max(FULL_SIZE_TOLERANCE[dtypes[name]], FULL_SIZE_TOLERANCE[dtypes[yardstick]])
-        for key, value in summary.items():
-            error = relative_error(value, summaries[yardstick][key]) if key in summaries[yardstick] else math.inf
+        for key in summary | summaries[yardstick]:
+            both = key in summary and key in summaries[yardstick]
+            error = relative_error(summary[key], summaries[yardstick][key]) if both else math.inf
             if not error <= bound:
                 found[name] = (
                     f"{key} at full size differs from that of {yardstick} by {error:.1e}, more than {bound:.0e}"

@@ -55,7 +55,13 @@ LEAST_AGREEMENT = 0.9
 Problem = softmax_op.Problem
 
 
-def prepare_search(search: Callable[[], tuple[Tensor, Tensor]], dtype: str, note: str = "") -> Prepared:
+def prepare_search(
+    search: Callable[[], tuple[Tensor, Tensor]],
+    dtype: str,
+    note: str = "",
+    own: Callable[[Tensor], Tensor] | None = None,
+) -> Prepared:
+    """``own``: items (B, k) -> their scores, so that right scores of wrong items do not pass at full size."""
     last: list[Tensor] = []
 
     def call() -> None:
@@ -65,12 +71,27 @@ def prepare_search(search: Callable[[], tuple[Tensor, Tensor]], dtype: str, note
     def results() -> Results:
         return {"scores": last[0], "items": last[1]}
 
-    return Prepared(call, (), results, lambda: {"scores": last[0]}, note)
+    def summary() -> Results:
+        found = {"scores": last[0]}
+        if own is not None:
+            with torch.no_grad():
+                found["scores of the items"] = own(last[1])
+        return found
+
+    return Prepared(call, (), results, summary, note)
+
+
+def own_log_prob(problem: Problem) -> Callable[[Tensor], Tensor]:
+    return lambda items: problem.module.score(problem.hidden.detach(), items)
+
+
+def own_product(problem: Problem) -> Callable[[Tensor], Tensor]:
+    return lambda items: torch.einsum("bkd,bd->bk", problem.table.detach()[items], problem.hidden.detach())
 
 
 def prepare_ours(problem: Problem) -> Prepared:
     module = problem.module
-    return prepare_search(lambda: module.topk(problem.hidden, K_BEST), problem.setting.dtype)
+    return prepare_search(lambda: module.topk(problem.hidden, K_BEST), problem.setting.dtype, own=own_log_prob(problem))
 
 
 def prepare_adaptive(problem: Problem) -> Prepared:
@@ -80,7 +101,7 @@ def prepare_adaptive(problem: Problem) -> Prepared:
         best = module.log_prob(problem.hidden).topk(K_BEST, dim=1)
         return best.values, best.indices
 
-    return prepare_search(search, problem.setting.dtype)
+    return prepare_search(search, problem.setting.dtype, own=own_log_prob(problem))
 
 
 def prepare_linear(problem: Problem) -> Prepared:
@@ -90,7 +111,7 @@ def prepare_linear(problem: Problem) -> Prepared:
         best = torch.nn.functional.linear(problem.hidden, table).topk(K_BEST, dim=1)
         return best.values, best.indices
 
-    return prepare_search(search, problem.setting.dtype)
+    return prepare_search(search, problem.setting.dtype, own=own_product(problem))
 
 
 def prepare_faiss(problem: Problem) -> Prepared:
@@ -105,7 +126,7 @@ def prepare_faiss(problem: Problem) -> Prepared:
         scores, items = index.search(rows, K_BEST)
         return torch.from_numpy(scores), torch.from_numpy(items)
 
-    return prepare_search(search, "float32")
+    return prepare_search(search, "float32", own=own_product(problem))
 
 
 def prepare_pq(problem: Problem) -> Prepared:
@@ -156,7 +177,8 @@ def prepare_index(storage: str, exact: bool, early_termination: bool) -> Callabl
 
         def summary() -> Results:
             # A narrow storage's own scores are rounded; those of the items found tell whether they are the best.
-            return {"scores": module.score(rows, prepared.results()["items"])}
+            found = module.score(rows, prepared.results()["items"])
+            return {"scores": found, "scores of the items": found}
 
         return dataclasses.replace(prepared, summary=summary)
 

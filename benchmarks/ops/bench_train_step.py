@@ -96,16 +96,29 @@ def prepare_step(
             optimizer.step()
         last[:] = [loss.detach()]
 
-    def results() -> Results:
+    def losses() -> Results:
         with torch.no_grad(), autocast(dtype):
-            found = {"loss": last[0], "loss_after": loss_of()}
+            return {"loss": last[0], "loss_after": loss_of()}
+
+    def results() -> Results:
+        found = losses()
         for name, leaf in named.items():
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             found[f"d_{name}"] = embedding_op.to_dense(gradient)
         return found
 
+    def summary() -> Results:
+        """What is cheap at full size, of the first step alone: rows with a gradient of 0 move from the second step on in
+        one optimizer and not in another."""
+        found = losses()
+        for name, leaf in named.items():
+            if leaf.grad is not None:
+                values = leaf.grad.coalesce().values() if leaf.grad.is_sparse else leaf.grad
+                found[f"norm of d_{name}"] = torch.linalg.vector_norm(values, dtype=torch.float64)
+        return found
+
     leaves = list(named.values())
-    return Prepared(call, leaves, results, lambda: {"loss": last[0]}, note)
+    return Prepared(call, leaves, results, summary, note)
 
 
 def make_row_optimizer(tables: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

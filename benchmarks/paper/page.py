@@ -37,7 +37,8 @@ times are medians of interleaved calls, searches taking turns ten by ten as a se
 runs torch's own ops in their fastest form, but for our dropout and gathering of rows, which are faster. "Epoch s" is the step's median times the steps of an epoch, and "to metric" that
 of the epochs until validation NDCG@10 reaches the twin's best, empty if it never does. Top 10 is for one history without
 padding, from its ids on: in the twin by torch's ops throughout, in ours by two kernels; "indexed" has an index for the
-second, and "search" is that one alone. Models were trained on the CPU unless "trained on" names a GPU; all times are the
+second, and "search" is that one alone. Blocks see the newest 61 items (dilations 1 and 4, twice), at
+L = 100 as well. Models were trained on the CPU unless "trained on" names a GPU; all times are the
 CPU's.
 """
 EXPLANATIONS = {

@@ -303,13 +303,23 @@ def test_every_kernel_module_has_cases():
     assert kernels[0] == kernels[1], "--coarse leaves out a kernel"
 
 
-COMPILED_MERGE = """
+MERGE = """
+from cprec_kernels._triton.clustered_topk_lse import aot_cases
+(case,) = (case for case in aot_cases(90) if case.name == "topk_merge/bf16/64")
+"""
+SCORE_OF_ODD_RANK = """
+import torch
+from cprec_kernels._triton import clustered_rank as of, clustered_topk_rows as rows, common
+known = {"p_target": "*i64", "p_rank": "*i64", "p_items": "*i64", "p_next": "*i32"}
+types = rows.pointer_types(of.clustered_score_kernel, torch.float32, known)
+case = common.aot_case(
+    "score", of.clustered_score_kernel, types, of._score_constants(17, 128, True), 4, 1, **common.row_sums(17)
+)
+"""
+COMPILED = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from cprec_kernels._triton.clustered_topk_lse import aot_cases
-
-(case,) = (case for case in aot_cases(90) if case.name == "topk_merge/bf16/64")
 source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constexprs)
 options = {name: getattr(case, name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
 print(compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
@@ -317,12 +327,13 @@ print(compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["pt
 
 
 @needs_triton
-def test_sums_across_threads_have_the_same_bits_in_all_of_them():
+@pytest.mark.parametrize("case", [MERGE, SCORE_OF_ODD_RANK], ids=["merge", "score"])
+def test_sums_across_threads_have_the_same_bits_in_all_of_them(case):
     """compute-sanitizer's racecheck found threads storing one sum with different last bits: of each lane's own product, fused into
     the addition, and the other lane's, rounded. (That of log2, which adds nothing across lanes, is fma.rn.ftz.)"""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED_MERGE], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", case + COMPILED], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "shfl.sync.bfly" in done.stdout

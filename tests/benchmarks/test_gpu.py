@@ -77,6 +77,21 @@ def test_a_wrong_result_is_found(tmp_path, monkeypatch):
     assert verdicts == {"native": False, "reference": True}
 
 
+def test_wrong_items_with_right_scores_are_found(monkeypatch):
+    right = gpu_stages.functional.clustered_topk
+
+    def wrong(*arguments, **options):
+        scores, items = right(*arguments, **options)
+        return scores, items.zero_() if get_backend() == "native" else items
+
+    monkeypatch.setattr(gpu_stages.functional, "clustered_topk", wrong)
+    monkeypatch.setattr(gpu_stages, "OPERATIONS", {"clustered_topk": gpu_stages.topk})
+    rows = []
+    gpu_stages.check("cpu", (gpu_stages.TINY,), rows.append)
+    verdicts = [(row["backend"], row["correct"]) for row in rows if "correct" in row]
+    assert verdicts == [("native", False), ("reference", True)] * (len(verdicts) // 2)
+
+
 def test_a_failing_stage_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
     done = []
 
