@@ -117,6 +117,8 @@ def triton(stem: str, name: str, dtypes: tuple[torch.dtype, ...], otherwise: Cal
         reason = module.refusal(*args)
         if reason and _requested == "triton":
             raise BackendError(f"backend 'triton' was asked for and cannot run {name}: {reason}")
+        if reason:
+            _warn_once(f"{name} runs on the GPU through slower reference code: {reason}")
         return (otherwise if reason else getattr(module, name))(*args)
 
     return Implementation("triton", call, ("cuda",), dtypes, _triton_missing)
@@ -151,18 +153,19 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
 @functools.lru_cache(maxsize=1024)
 def _choose_cached(op: str, device_type: str, dtype: torch.dtype, _requested_now: str) -> Callable[..., Any]:
     choice = choose(op, device_type, dtype)
-    if choice.implementation.backend == "reference" and not _native.STATUS.intended and _native.STATUS.module is None:
-        _warn_once()
+    if choice.implementation.backend == "reference" and _requested_now == "auto":
+        if not _native.STATUS.intended and _native.STATUS.module is None:
+            _warn_once(
+                f"cprec_kernels runs without its compiled kernels, through slower reference code: {_native.STATUS.reason}"
+            )
+        elif device_type == "cuda" and choice.reason:
+            _warn_once(f"{op} runs on the GPU through slower reference code: {choice.reason}")
     return choice.implementation.call
 
 
 @functools.cache
-def _warn_once() -> None:
-    warnings.warn(
-        f"cprec_kernels runs without its compiled kernels, through slower reference code: {_native.STATUS.reason}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def dispatch(op: str, tensor: torch.Tensor) -> Callable[..., Any]:

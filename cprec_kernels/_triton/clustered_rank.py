@@ -32,6 +32,7 @@ from .common import (
     load_rows,
     num_processors,
     padded_rank,
+    row_sums,
 )
 
 SCALARS = ["first", "last", "num_entries", "target_units", "min_parts", "lo"]
@@ -244,6 +245,7 @@ def clustered_score(
             z, level.weight, bias_pointer(level, z), items, lse, parents[j], out, flags[j],
             num_rows, width, level.hi - level.lo, level.lo, levels[min(j + 1, num_levels - 1)].hi,
             **_score_constants(level.rank, block_c, level.bias is not None), num_warps=ROW_WARPS, num_stages=1,
+            **row_sums(level.rank),
         )  # fmt: skip
     return out
 

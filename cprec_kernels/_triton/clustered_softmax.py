@@ -39,6 +39,7 @@ from .common import (
     num_processors,
     padded_rank,
     probability_shift,
+    row_sums,
     store_rows,
 )
 from .tuning import best_tile
@@ -211,8 +212,12 @@ def clustered_softmax_fwd_kernel(
         place = tl.load(p_order + start + t, mask=m_t, other=0)
         before = tl.load(p_log_prob + place, mask=m_t, other=0.0)
         tl.store(p_log_prob + place, before - nll, mask=m_t)
-        # In fp64, lse - s_target is -log p again, to the last digit.
-        tl.store(p_lse + place, logit.to(tl.float64) + nll.to(tl.float64), mask=m_t)
+        # In fp64, lse - s_target is -log p again, to the last digit. A target that a bias of -inf rules out has neither.
+        possible = logit > float("-inf")
+        lse = tl.where(
+            possible, logit.to(tl.float64) + nll.to(tl.float64), ((top + tl.log2(whole)) * LN2).to(tl.float64)
+        )
+        tl.store(p_lse + place, lse, mask=m_t)
         if SMOOTH:
             b_mean = tl.load(p_mean + o_d, mask=o_d < D, other=0.0)
             mean = tl.sum(b_z.to(tl.float32) * b_mean[None, :], 1) + tl.load(p_mean_bias)
@@ -298,7 +303,7 @@ def forward(
             log_prob, uniform, lse[min(j, 1)], descent,
             level.first, level.last, level.num_entries, grid.target_units,
             **_fwd_constants(level.rank, tile, token, level.bias is not None, smooth, with_rows),
-            num_warps=token.num_warps, num_stages=token.num_stages,
+            num_warps=token.num_warps, num_stages=token.num_stages, **row_sums(level.rank),
         )  # fmt: skip
         if with_rows:
             kept.append(descent)

@@ -40,6 +40,7 @@ from .common import (
     one_minus_exp,
     padded_rank,
     probability_shift,
+    row_sums,
     store_rows,
 )
 
@@ -184,7 +185,7 @@ def _token_terms(level: Level, plan: Plan, column: Tensor, z: Tensor, lse: Tenso
         clustered_softmax_bwd_token_kernel, num_processors(z.device) * token.blocks_per_sm, z,
         z, level.weight, pointer(level.bias, z), column, lse, upstream.ratio, upstream.uniform, plan.offsets, *terms,
         level.first, level.last, **_token_constants(level.rank, z.dtype, token, level.bias is not None),
-        num_warps=token.num_warps, num_stages=token.num_stages,
+        num_warps=token.num_warps, num_stages=token.num_stages, **row_sums(level.rank),
     )  # fmt: skip
     return terms
 
@@ -280,7 +281,10 @@ def backward(
         plan = make_plan(target, levels, ignore_index, zeros=zeros)
     largest, zeros = zeros.narrow(0, 0, 4), zeros.narrow(0, 4, input.shape[1] + 1)  # both aligned
     upstream = normalise(grad_log_prob, grad_uniform, lse_head, lse_tail, plan, largest)
-    packed = input.index_select(0, plan.order)
+    # Tokens that do not count stand last. Their gradients are 0, but products with them take 0 times what they hold, and a
+    # hidden state without attention is NaN.
+    counts = torch.arange(input.shape[0], device=input.device) < plan.offsets[-1]
+    packed = torch.where(counts.unsqueeze(1), input.index_select(0, plan.order), 0.0)
     d_packed = torch.zeros(input.shape if want_input else 0, dtype=torch.float32, device=input.device)
     for j, (level, column) in enumerate(zip(levels, plan.columns, strict=True)):
         z = level.project(packed)

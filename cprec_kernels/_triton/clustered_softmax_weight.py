@@ -224,7 +224,7 @@ def _level_weight_with(
     entry_tiles = -(-num_entries // tile.block_v)
     programs = num_processors(device) * tile.blocks_per_sm
     # A head of few tiles would leave most of the device idle: its tokens are cut, too, and the parts summed in order.
-    splits = max(1, min(programs // entry_tiles, MAX_SPLITS, -(-z.shape[0] // tile.block_t)))
+    splits = max(1, min(programs // max(1, entry_tiles), MAX_SPLITS, -(-z.shape[0] // tile.block_t)))
     final = splits == 1
     common = _common(level, plan, z, upstream) if upstream.has_uniform else zeros
     keys, lowest = (column, 0) if level.lo == 0 else (plan.ids, level.lo)

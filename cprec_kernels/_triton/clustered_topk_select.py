@@ -26,6 +26,7 @@ from .common import (
     launch,
     num_processors,
     padded_rank,
+    row_sums,
 )
 
 # Key of no item: score -inf and, since it is MAX_ID minus the id that is kept, id -1.
@@ -221,7 +222,7 @@ def select(
         **_select_constants(
             level.rank, block_v, level.bias is not None, allowed is not None, excluded.kind, overflow, compare
         ),
-        num_warps=ROW_WARPS, num_stages=1,
+        num_warps=ROW_WARPS, num_stages=1, **row_sums(level.rank),
     )  # fmt: skip
     if not compare:
         best = keys[:, : 2 * k + capacity].topk(k, dim=1).values

@@ -108,6 +108,15 @@ def is_rehearsal() -> bool:
     return _rehearsal.get() is not None
 
 
+def row_sums(rank: int) -> dict[str, bool]:
+    """Options of kernels that sum a row's products across threads and use the sum in several.
+
+    Rows of an odd rank are loaded element by element. Up to 32 columns a thread then holds one product, which fuses with the
+    first addition across threads: threads that hold the same sum would differ in its last bit (as racecheck once found).
+    """
+    return {"enable_fp_fusion": rank % 2 == 0 or rank > 32}
+
+
 def launch(kernel: Any, grid: int | tuple[int, ...], anchor: Tensor, *args: Any, **options: Any) -> None:
     """Run ``kernel`` on the device of ``anchor``, whichever device is current. The one way to run one."""
     options = {"enable_fp_fusion": True} | options  # its default changes in Triton 3.10

@@ -15,7 +15,9 @@ import torch
 
 from .common import padded_rank
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 90, 100)
+# No wgmma, as sm_80, and 99 KiB of shared memory per block (CUDA programming guide): the cards that are not for data centres.
+LIKE_86 = (86, 89, 120, 121)
 BLOCK_DS = (16, 32, 64, 128, 256, 512)
 
 
@@ -155,16 +157,27 @@ BY_ARCHITECTURE: dict[tuple[int, Key], Tile] = {
     (80, ("topk_bound", 512, 4)): Tile(16, 32, 8, 1, 1),
     (80, ("score", 64, 4)): Tile(16, 32, 4, 1, 2),  # a spilled register in the loop under Triton 3.9
     (80, ("rank_count", 64, 4)): Tile(32, 32, 4, 2, 3),  # targets' logits, 64 x 64, spill
+    # Those of sm_80 that are over 99 KiB.
+    (86, ("scan_lse", 256, 2)): Tile(64, 64, 8, 1, 1),
+    (86, ("scan_lse", 512, 2)): Tile(32, 32, 8, 1, 1),
+    (86, ("scan_rows", 256, 2)): Tile(64, 64, 8, 1, 1),
+    (86, ("scan_rows", 512, 2)): Tile(32, 32, 8, 1, 1),
+    **{(86, (kernel, 512, 2)): Tile(32, 32, 8, 1, 1) for kernel in ("weight", "weight_unbiased")},
+    (86, ("scan_lse", 512, 4)): Tile(16, 16, 8, 1, 1),
+    **{(86, (kernel, 512, 4)): Tile(16, 16, 8, 1, 1) for kernel in ("rank_count", "topk_append", "topk_bound")},
 }
 _OVERRIDES: dict[str, Tile] = {}
 
 
 def tile_for(kernel: str, rank: int, dtype: torch.dtype, architecture: int) -> Tile:
-    """The tile of a kernel for rows of ``rank`` columns. A newer architecture uses what its newest known ancestor does."""
+    """The tile of a kernel for rows of ``rank`` columns. A newer architecture uses what its newest known ancestor does,
+    those of LIKE_86 the tiles of sm_80 where these fit."""
     if kernel in _OVERRIDES:
         return _OVERRIDES[kernel]
     key = kernel, padded_rank(rank), dtype.itemsize
-    known = max((known for known in ARCHITECTURES if known <= architecture), default=ARCHITECTURES[0])
+    if architecture in LIKE_86:
+        return BY_ARCHITECTURE.get((86, key)) or BY_ARCHITECTURE.get((80, key), TABLE[key])
+    known = max((known for known in (80, 90, 100) if known <= architecture), default=80)
     return BY_ARCHITECTURE.get((known, key), TABLE[key])
 
 

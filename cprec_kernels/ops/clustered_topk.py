@@ -77,14 +77,20 @@ def check_choice_values(
         check_ids(candidates, num_items, "candidates")
     if exclude is not None:
         check_ids(exclude.clamp(min=0), num_items, "exclude")
-    if exclude is not None and exclude_offsets is not None and exclude_offsets.device.type == "cpu":
-        ends = int(exclude_offsets[0]), int(exclude_offsets[-1])
-        ascending = bool((exclude_offsets.diff() >= 0).all())
-        if ends != (0, exclude.shape[0]) or not ascending:
-            raise ValueError(
-                f"exclude offsets must ascend from 0 to the number of items {exclude.shape[0]}, got {ends[0]}..{ends[1]}"
-                f"{'' if ascending else ', not ascending'}"
-            )
+    if exclude is not None and exclude_offsets is not None:
+        _check_offsets(exclude_offsets, exclude.shape[0])
+
+
+def _check_offsets(offsets: Tensor, count: int) -> None:
+    """Raise ValueError unless offsets (rows + 1,) ascend from 0 to ``count``; on a device, assert it in the stream."""
+    expected = f"exclude offsets must ascend from 0 to the number of items {count}"
+    ascending = (offsets.diff() >= 0).all()
+    if offsets.device.type != "cpu":
+        torch._assert_async((offsets[0] == 0) & (offsets[-1] == count) & ascending, expected)
+        return
+    ends = int(offsets[0]), int(offsets[-1])
+    if ends != (0, count) or not ascending:
+        raise ValueError(f"{expected}, got {ends[0]}..{ends[1]}{'' if ascending else ', not ascending'}")
 
 
 def _check_topk(input: Tensor, k: int, *args: Any) -> None:

@@ -136,13 +136,26 @@ ids[4321] = 100
 BlockEmbedding(Partition(100, [10], [8, 4], 8), device="cuda")(ids)
 torch.cuda.synchronize()
 """
+BAD_OFFSETS = """
+import torch
+from cprec_kernels import Partition
+from cprec_kernels.nn import ClusteredSoftmaxWithLoss
+head = ClusteredSoftmaxWithLoss(8, Partition(100, [10], [8, 4], 8), device="cuda")
+offsets = torch.tensor([0, 5, 10**9], device="cuda")
+head.topk(torch.randn(2, 8, device="cuda"), 3, exclude=(offsets, torch.arange(6, device="cuda")))
+torch.cuda.synchronize()
+"""
 
 
-def test_an_id_out_of_range_stops_the_stream():
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(BAD_IDS, "ids holds an id outside 0..num_items - 1"), (BAD_OFFSETS, "exclude offsets must ascend from 0")],
+)
+def test_bad_values_stop_the_stream(code, message):
     """In a process of its own: a device that stopped serves nobody any more."""
-    done = subprocess.run([sys.executable, "-c", BAD_IDS], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "ids holds an id outside 0..num_items - 1" in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
 
 
 def test_another_stream():

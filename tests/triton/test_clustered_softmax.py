@@ -278,3 +278,50 @@ def test_bits_depend_on_no_grid_and_no_order_of_programs(programs, order, monkey
         ours = run(*args, with_rows=with_rows)
         for a, b in zip(sum(ours, []), sum(expected[with_rows], []), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("with_rows", [False, True], ids=["two-pass", "one-pass"])
+def test_tokens_that_do_not_count_may_hold_anything(with_rows):
+    weights = make_softmax(SMALL)
+    hidden, target = inputs(SMALL)
+    g1, g2 = upstream(COUNT, "smooth")
+    _, want = run(hidden, target, weights, g1, g2, with_rows=with_rows)
+    hidden = hidden.clone()
+    hidden[target == IGNORE] = math.nan
+    _, got = run(hidden, target, weights, g1, g2, with_rows=with_rows)
+    assert (target == IGNORE).any()
+    for i, (one, other) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(one, other), f"gradient {i}"
+
+
+def check_gradients(hidden, target, weights, g1, g2, **options):
+    results, gradients = run(hidden, target, weights, g1, g2, **options)
+    _, base = run_reference(hidden, target, weights, g1, g2)
+    exact, truth = run_reference(hidden, target, weights, g1, g2, torch.float64)
+    for i, (one, rough, true) in enumerate(zip(gradients, base, truth, strict=True)):
+        assert_accurate(one, rough, true, torch.float32, f"gradient {i}")
+    return results, exact
+
+
+@pytest.mark.parametrize("with_rows", [False, True], ids=["two-pass", "one-pass"])
+def test_a_target_that_its_bias_rules_out_leaves_the_others_their_gradients(with_rows):
+    weights = make_softmax(SMALL)
+    weights.head_bias[3] = -math.inf
+    hidden, target = inputs(SMALL)
+    target = torch.where(target == 3, 2, target)
+    target[0] = 3
+    g1, none = upstream(COUNT)
+    for first in (0.0, -1.0):
+        g1[0] = first
+        results, exact = check_gradients(hidden, target, weights, g1, none, with_rows=with_rows)
+        assert results[0][0] == exact[0][0] == -math.inf
+
+
+def test_a_tail_without_items():
+    weights = make_softmax(SMALL)
+    weights = weights._replace(
+        weights=[*weights.weights[:-1], weights.weights[-1][:0]],
+        tail_biases=[*weights.tail_biases[:-1], weights.tail_biases[-1][:0]],
+    )
+    hidden, target = inputs(SMALL)
+    check_gradients(hidden, target.clamp(max=49), weights, *upstream(COUNT, "smooth"))

@@ -167,3 +167,16 @@ def test_tables_have_a_tile_for_every_rank_dtype_and_architecture():
             for arch in (*configs.ARCHITECTURES, 86, 89, 103, 120):
                 for kernel in ("scan_lse", "scan_rows", "weight", "weight_unbiased", "token"):
                     assert configs.tile_for(kernel, rank, dtype, arch).block_t >= 16
+
+
+def test_cards_with_less_shared_memory_have_tiles_of_their_own():
+    """``make aot`` compiles those of sm_86; the others of its kind take the same."""
+    for kernel, rank, itemsize in configs.TABLE:
+        dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+        tiles = {arch: configs.tile_for(kernel, rank, dtype, arch) for arch in (80, 86, 87, 89, 90, 103, 120, 121)}
+        assert tiles[86] == tiles[89] == tiles[120] == tiles[121]
+        assert tiles[87] == tiles[80]
+        assert tiles[103] == tiles[90]
+        if rank <= 128:
+            assert tiles[86] == tiles[80]
+    assert configs.tile_for("scan_lse", 200, torch.bfloat16, 120).block_v < configs.TABLE["scan_lse", 256, 2].block_v
