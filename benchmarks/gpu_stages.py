@@ -120,7 +120,7 @@ def topk(size: Size, dtype: torch.dtype, device: str, narrowed: bool = False) ->
         candidates = torch.arange(0, size.partition.num_items, 3, device=device)
         found = {10: functional.clustered_topk(hidden, 10, weights, exclude=exclude, candidates=candidates)}
     exact_hidden, exact_weights = searched(size, torch.float64, device)
-    parts = {}
+    parts: dict[str, Tensor] = {}
     for k, (scores, items) in found.items():
         # Near ties trade places when logits are rounded: an item is right if its own score is.
         with use_backend("reference"):

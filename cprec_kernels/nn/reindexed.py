@@ -29,7 +29,7 @@ class HoldsPermutations(nn.Module):
     _permutations: tuple[str, ...] = ()  # names of attributes
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in self._permutations:
             setattr(self, name, fn(getattr(self, name)))
         return self

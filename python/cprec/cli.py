@@ -47,6 +47,7 @@ from cprec.cli_options import (
     write_json_file,
 )
 from cprec.cli_plan import plan
+from cprec.serving_io import BLANK
 
 if TYPE_CHECKING:
     from cprec.data import PreparedData, Progress
@@ -85,7 +86,7 @@ def _read_lines(path: Path, option: str) -> list[str]:
         raise ValueError(f"{path}: {option} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {option} must be UTF-8 text, one item per line: {error}") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line for raw in text.split("\n") if (line := raw.strip(BLANK))]
 
 
 def _bars(quiet: bool) -> Any:
@@ -127,9 +128,9 @@ def prepare(
         str | None,
         typer.Option(help="pairs, sequences, csv, tsv, parquet, inter, ml-1m, ml-100k or amazon. Default: by content."),
     ] = None,
-    user_column: Annotated[str | None, typer.Option(help="Name of the user column.")] = None,
-    item_column: Annotated[str | None, typer.Option(help="Name of the item column.")] = None,
-    time_column: Annotated[str | None, typer.Option(help="Name of the time column.")] = None,
+    user_column: Annotated[str | None, typer.Option(help="Name of the user column, or its number from 1.")] = None,
+    item_column: Annotated[str | None, typer.Option(help="Name of the item column, or its number.")] = None,
+    time_column: Annotated[str | None, typer.Option(help="Name, or number; '' for the file's order.")] = None,
     split: Annotated[Split, typer.Option(help="How validation and test targets are held out.")] = Split.leave_one_out,
     valid_fraction: Annotated[float, typer.Option(help="Validation share, for splits by user or time.")] = 0.1,
     test_fraction: Annotated[float, typer.Option(help="Test share, for splits by user or time.")] = 0.1,
@@ -307,7 +308,7 @@ def train(
         devices=int(devices) if devices.isdecimal() else devices, strategy=strategy, workers=workers,
         checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    announce_model(prepared.name, model_config, planned=compression is not None)
+    announce_model(prepared.name, model_config, length, planned=compression is not None)
     result = train_model(
         prepared, model_config, training_config, out, resume=resume, overwrite=overwrite, progress=not quiet
     )
@@ -331,7 +332,11 @@ def evaluate(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """HR, NDCG and MRR over the whole catalogue, beside the popularity baseline and per popularity band."""
+    """HR, NDCG and MRR over the whole catalogue, beside the popularity baseline and per popularity band.
+
+    Items of a history compete for its places, as it may hold its target; recommend leaves them out, unless it is given
+    --include-seen.
+    """
     from cprec import checkpoint
     from cprec.evaluation import evaluate as evaluate_model
     from cprec.run_folder import RunConfig

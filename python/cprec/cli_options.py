@@ -126,7 +126,9 @@ TieTails = Annotated[
 Twin = Annotated[
     bool, typer.Option("--twin", help="The uncompressed model: one cluster, full rank.", rich_help_panel="Model")
 ]
-Dilations = Annotated[str, typer.Option(help="Dilation of every block, in order.", rich_help_panel="Model")]
+Dilations = Annotated[
+    str, typer.Option(help="Dilation of every block, in order: 1,4 twice sees 61 items.", rich_help_panel="Model")
+]
 Repeats = Annotated[int, typer.Option(help="How often the list of dilations is repeated.", rich_help_panel="Model")]
 KernelSize = Annotated[int, typer.Option(help="Taps of a convolution.", rich_help_panel="Model")]
 BlockKind = Annotated[Block, typer.Option("--block", help="Kind of residual block.", rich_help_panel="Model")]
@@ -236,7 +238,7 @@ def _clusters(cutoffs: str, ranks: str | None, dim: int, side: str) -> tuple[lis
     return cuts, falling if ranks is None else whole_numbers(ranks, f"--{side}ranks")
 
 
-def announce_model(data: str, config: NextItNetConfig, *, planned: bool) -> None:
+def announce_model(data: str, config: NextItNetConfig, length: int, *, planned: bool) -> None:
     """Say what is about to be trained: once, however many processes Lightning starts for it."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
@@ -245,6 +247,11 @@ def announce_model(data: str, config: NextItNetConfig, *, planned: bool) -> None
         f"{data}: {config.num_items:,} items; {config.num_parameters:,} parameters, {times:.2f} times fewer than the "
         "uncompressed twin"
     )
+    if length > config.receptive_field:
+        typer.echo(
+            f"--length {length} is beyond the {config.receptive_field} items that the blocks see: larger --dilations, or more "
+            "--repeats, would see further"
+        )
     if planned:
         partition = config.input_partition
         tied = ", tails tied" if config.tie_tails else ""

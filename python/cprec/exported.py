@@ -58,6 +58,7 @@ class ExportedModel:
         *,
         exclude_seen: bool = True,
         candidates: Iterable[str] | None = None,
+        storage: str | None = None,
     ) -> list[list[tuple[str, float]]]:
         """The k best next items of every history with their log-probabilities, best first.
 
@@ -67,9 +68,11 @@ class ExportedModel:
             k: items per history; fewer where fewer are left.
             exclude_seen: never recommend an item of the history.
             candidates: raw ids of the only items allowed.
+            storage: "float32", "float16", "bfloat16" or "int8" searches an index of that format on the CPU, which the first
+                call builds: for a server, whose calls of one history take a half to a third of the time. The same items.
 
         Raises:
-            ValueError: k below 1, or no candidate is known.
+            ValueError: k below 1, no candidate is known, or an unknown storage.
             TypeError: a string was given for a history, for the histories or for the candidates.
         """
         if k < 1:
@@ -95,6 +98,7 @@ class ExportedModel:
                 popularity=self._popularity,
                 exclude_seen=exclude_seen,
                 candidates=allowed,
+                storage=storage,
             )
         ]
 

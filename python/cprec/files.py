@@ -36,7 +36,10 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield stream
         return
     path = path.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:  # it would name the temporary
+        raise OSError(error.errno, error.strerror, str(path)) from None
     temporary = Path(name)
     try:
         with naming(path), os.fdopen(handle, "wb") as stream:

@@ -58,6 +58,7 @@ def top_items(
     popularity: Tensor,
     exclude_seen: bool = True,
     candidates: Tensor | None = None,
+    storage: str | None = None,
 ) -> list[TopItems]:
     """The k best items of every history.
 
@@ -69,6 +70,7 @@ def top_items(
         popularity: :func:`popularity_scores`, for empty histories, which get the most popular items.
         exclude_seen: leave out every item of the history, also those beyond ``length``.
         candidates: (c,) int64, the only items allowed, ascending and without repeats.
+        storage: as in :meth:`NextItNet.topk`.
 
     Returns:
         One :class:`TopItems` per history; scores are log-probabilities.
@@ -89,6 +91,7 @@ def top_items(
         k,
         exclude=(offsets.to(device), seen.to(device)) if exclude_seen else None,
         candidates=None if candidates is None else candidates.to(device),
+        storage=storage,
     )
     for index, row_scores, row_items in zip(known, scores.float().tolist(), items.tolist(), strict=True):
         kept = [(item, score) for item, score in zip(row_items, row_scores, strict=True) if item >= 0]

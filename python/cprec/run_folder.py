@@ -78,6 +78,11 @@ class RunConfig:
 
         path = Path(folder) / checkpoint.CONFIG_NAME
         model, sections = checkpoint.read_config(folder)
+        if "training" not in sections and "export" in sections:
+            raise ValueError(
+                f"{path} is that of an exported model: give the run it was exported from, or use "
+                f"cprec.load({os.fspath(folder)!r}).recommend(histories, k) in Python"
+            )
         try:
             data = sections["data"]
             training = TrainingConfig.from_dict(sections["training"])

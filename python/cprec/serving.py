@@ -143,6 +143,7 @@ def recommend(
     length: int,
     exclude_seen: bool = True,
     candidates: Iterable[str] | None = None,
+    storage: str | None = None,
     batch_size: int = 512,
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -157,6 +158,7 @@ def recommend(
         length: how many of the newest items the model sees, the length it was trained with.
         exclude_seen: never recommend an item of the history.
         candidates: raw ids of the only items allowed.
+        storage: as in :meth:`NextItNet.topk`: an index, for many calls or histories on the CPU.
         device: moves the model there first.
         warn_unknown: after the last history, warn once (:class:`UnknownItemsWarning`) with count and examples of items
             that the catalogue does not know; they are ignored. They are in ``.unknown`` either way.
@@ -201,6 +203,7 @@ def recommend(
                         popularity=popularity,
                         exclude_seen=exclude_seen,
                         candidates=allowed,
+                        storage=storage,
                     )
                 ]
                 result.users += len(users)

@@ -107,14 +107,15 @@ def test_a_catalogue_too_small_to_cut_says_what_to_do(run, tmp_path):
 
 def test_candidates_are_lines_not_words(run, tmp_path):
     (tmp_path / "raw.csv").write_text(
-        "user,item\n" + "".join(f"u{u},item {(u + s) % 12}\n" for u in range(20) for s in range(5)), encoding="utf-8"
+        "user,item\n" + "".join(f"u{u},item\u00a0{(u + s) % 12}\n" for u in range(20) for s in range(5)),
+        encoding="utf-8",
     )
     run("prepare", tmp_path / "raw.csv", "-o", tmp_path / "data", "-q")
     run("train", tmp_path / "data", "-o", tmp_path / "run", *TINY, "--cutoffs", "4", "--epochs", 1)
-    (tmp_path / "allowed.txt").write_text("\ufeffitem 3\n\nitem 4\n", encoding="utf-8")
-    (tmp_path / "one.jsonl").write_text('{"items": ["item 1"]}\n', encoding="utf-8")
+    (tmp_path / "allowed.txt").write_text("\ufeff item\u00a03\n\nitem\u00a04\r\n", encoding="utf-8")
+    (tmp_path / "one.jsonl").write_text('{"items": ["item\u00a01"]}\n', encoding="utf-8")
     arguments = ("recommend", tmp_path / "run", tmp_path / "one.jsonl", "-q", "--candidates", tmp_path / "allowed.txt")
-    assert {line.split(",")[2] for line in run(*arguments)[0].splitlines()[1:]} == {"item 3", "item 4"}
+    assert {line.split(",")[2] for line in run(*arguments)[0].splitlines()[1:]} == {"item\u00a03", "item\u00a04"}
     (tmp_path / "allowed.txt").write_bytes(b"caf\xe9\n")
     _, err = run(*arguments, expect=1)
     assert "allowed.txt: --candidates must be UTF-8 text" in err.replace("\n", "")
@@ -234,6 +235,21 @@ def test_recommend_chooses_among_candidates(run, trained, interactions, tmp_path
         "recommend", trained / "run", tmp_path / "one.jsonl", "--candidates", tmp_path / "allowed.txt", "-k", 5, "-q"
     )
     assert {line.split(",")[2] for line in out.splitlines()[1:]} == set(items[1:])
+
+
+def test_an_export_in_the_place_of_a_run_is_called_that(run, trained, tmp_path):
+    run("export", trained / "run", "-o", tmp_path / "model")
+    (tmp_path / "histories.txt").write_text("a\n")
+    _, err = run("recommend", tmp_path / "model", tmp_path / "histories.txt", "-q", expect=1)
+    assert "is that of an exported model: give the run it was exported from" in err.replace("\n", " ")
+
+
+def test_a_length_beyond_what_blocks_see_is_said(run, trained, tmp_path):
+    arguments = ("train", trained / "data", *TINY, "--epochs", 1, "--dilations", "1", "--repeats", 1)
+    out, _ = run(*arguments, "-o", tmp_path / "long", "-L", 8)
+    assert "--length 8 is beyond the 7 items that the blocks see" in out.replace("\n", " ")
+    out, _ = run(*arguments, "-o", tmp_path / "short", "-L", 7)
+    assert "is beyond" not in out
 
 
 def test_recommend_says_which_candidates_are_unknown(run, trained, interactions, tmp_path):

@@ -59,6 +59,10 @@ def test_an_export_gives_the_recommendations_of_the_run(data, run, exported):
         expected[int(row.user) - 1].append((row.item, row.score))
     model = load(exported)
     assert model.recommend(histories, k=4) == expected
+    assert not model.model.softmax._indexes
+    indexed = model.recommend(histories, k=4, storage="float16")
+    assert [[item for item, _ in row] for row in indexed] == [[item for item, _ in row] for row in expected]
+    assert list(model.model.softmax._indexes) == ["float16"]
     assert model.length == LENGTH
     allowed = catalogue.decode([7, 9])
     assert {item for item, _ in model.recommend(histories[:1], candidates=allowed)[0]} == set(allowed)

@@ -150,3 +150,25 @@ def test_memory_is_kept_for_the_next_step_and_given_back(cpu_isa):
     assert release_memory() == 0
     functional.clustered_cross_entropy(hidden, target, weights).backward()
     assert torch.equal(weights.weights[1].grad, kept)
+
+
+def test_an_odd_rank_in_bf16_does_not_read_what_scratch_held(cpu_isa):
+    hidden, target = torch.ones(40, 16, dtype=torch.bfloat16), torch.arange(40)
+    dirt = functional.Weights([torch.full((300, 16), torch.nan, dtype=torch.bfloat16)])
+    assert functional.clustered_cross_entropy(hidden, target, dirt).isnan()
+    table, projection = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((300, 5), (5, 16)))
+    assert functional.clustered_cross_entropy(hidden, target, functional.Weights([table], [projection])).isfinite()
+
+
+def test_gradients_add_up_after_one_that_has_a_graph(cpu_backend):
+    partition = Partition(40, [5], [8, 4], 8)
+    weights = copy_weights(make_softmax(partition), torch.float32, requires_grad=True)
+    hidden, target = make_hidden(partition, (6,)), make_targets(partition, (6,))
+    accumulate_in_place(weight_tensors(weights))
+    functional.clustered_cross_entropy(hidden, target, weights).backward(create_graph=True)
+    once = [leaf.grad.detach().clone() for leaf in weight_tensors(weights)]
+    with CalledOps() as called:
+        functional.clustered_cross_entropy(hidden, target, weights).backward()
+    assert "clustered_softmax_backward_into" not in called.names  # it writes behind the graph's back
+    for leaf, before in zip(weight_tensors(weights), once, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * before)

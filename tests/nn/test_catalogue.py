@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from cprec_kernels import Partition
+from cprec_kernels import Partition, accumulate_in_place
 from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss, ReindexedEmbedding, ReindexedSoftmax, TiedBlocks
+from cprec_kernels.ops._library import asked_in_place
 from tests.nn.catalogue_modules import IDS, PARTITION, assert_same, logits, make_embedding, make_head
 
 # extend
@@ -45,6 +46,22 @@ def test_extending_keeps_what_is_there(padding):
         assert torch.count_nonzero(embedding(torch.tensor([67]))) == 0
         embedding(torch.tensor([66, 67])).sum().backward()
         assert torch.count_nonzero(embedding.embeddings[-1].grad[-1]) == 0
+
+
+def test_frozen_tables_stay_frozen():
+    embedding = make_embedding()
+    embedding.embeddings[2].requires_grad_(False)
+    embedding.extend(3)
+    assert [table.requires_grad for table in embedding.embeddings] == [True, True, False]
+
+
+@pytest.mark.parametrize("make", [make_embedding, make_head])
+def test_tables_still_ask_for_gradients_in_place(make):
+    module = make()
+    accumulate_in_place(module.parameters())
+    module.extend(2)
+    assert all(asked_in_place([parameter]) for parameter in module.parameters())
+    assert not any(asked_in_place([parameter]) for parameter in make().parameters())
 
 
 def test_extending_a_plain_table_and_softmax():

@@ -167,3 +167,16 @@ def test_sparse_momentum_is_refused_before_anything_changes():
         state["momentum_buffer"] = state["momentum_buffer"].to_dense()
     embedding.extend(5, optimizer=optimizer)
     assert embedding.partition.num_items == PARTITION.num_items + 5
+
+
+def test_new_rows_start_with_no_first_moment_and_the_mean_second_one():
+    embedding = make_embedding()
+    optimizer = torch.optim.Adam(embedding.parameters(), lr=0.01)
+    embedding(torch.randint(60, (40,))).square().sum().backward()
+    optimizer.step()
+    mean = optimizer.state[embedding.embeddings[2]]["exp_avg_sq"].mean()
+    assert mean > 0
+    embedding.extend(3, optimizer=optimizer)
+    state = optimizer.state[embedding.embeddings[2]]
+    torch.testing.assert_close(state["exp_avg_sq"][-3:], mean.expand(3, 3))
+    assert torch.count_nonzero(state["exp_avg"][-3:]) == 0

@@ -321,6 +321,7 @@ def edits():
         "the same size in another shape": (entry("groups.1", 2, [7, 32, 9]), "do not fit together"),
         "a negative length": (entry("groups.2", 2, [-38, 4, 32]), "has the shape"),
         "a fractional length": (entry("groups.2", 2, [38.0, 4, 32]), "has the shape"),
+        "a length of 0": (entry("groups.2", 2, [0, 8]), r"has the shape \[0, 8\]"),
         "no length": (entry("parent_bias", 2, []), "do not fit together|end at|begins at"),
         "a huge length": (entry("groups.2", 2, [2**62, 2**62, 2**62]), "begins at|end at"),
         "an offset in the header": (entry("groups.0", 3, 0), "begins at byte 0"),
@@ -356,21 +357,28 @@ def test_headers_that_are_not_json_are_told(text, path):
     assert_told(path, "is not JSON|does not hold", verify=False)
 
 
-def test_other_versions_are_told(path):
-    write_header(path, header_of(path), version=FORMAT_VERSION + 1)
-    assert_told(path, "has format version 3 and this cprec_kernels reads 2; read it with the version that wrote it")
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
+def test_other_versions_are_told(version, path):
+    write_header(path, header_of(path), version=version)
+    assert_told(
+        path, f"has format version {version} and this cprec_kernels reads 2; read it with the version that wrote"
+    )
 
 
-@pytest.mark.parametrize("value", [-1, 300 - 1, 1_517, 2**31 - 1, -(2**31), 305])
-def test_ids_that_are_not_the_levels_are_found(value, path):
-    """With checksums that are right: an id beyond the catalogue is a place in memory that a search would read."""
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(7, -1), (7, 300 - 1), (7, 1_517), (7, 2**31 - 1), (7, -(2**31)), (7, 305), (-1, 0), (1_217, 0)],
+)
+def test_ids_that_are_not_the_levels_are_found(place, value, path):
+    """With checksums that are right: an id beyond the catalogue is a place in memory that a search would read. Padding
+    begins at 1217."""
     header = header_of(path)
     entry = next(e for e in header["arrays"] if e[0] == "ids.2")
     data = bytearray(path.read_bytes())
     size = 4 * entry[2][0]
     ids = torch.frombuffer(data, dtype=torch.int32, offset=entry[3], count=entry[2][0])
-    assert ids[7] != value
-    ids[7] = value
+    assert ids[place] != value
+    ids[place] = value
     del ids
     entry[4] = zlib.crc32(data[entry[3] : entry[3] + size])
     path.write_bytes(data)

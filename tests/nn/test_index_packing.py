@@ -304,3 +304,12 @@ def test_an_index_is_built_with_deterministic_algorithms(storage):
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(found, expected)
+
+
+def test_an_index_does_not_share_its_projections_with_the_module():
+    head = ClusteredSoftmaxWithLoss(24, PARTITION)
+    arrays = pack(head.packed_weights(), "float32", True, None)
+    before = head.projections[0].detach().clone()
+    with torch.no_grad():
+        head.projections[0].zero_()
+    assert torch.equal(arrays.projections[1], before)

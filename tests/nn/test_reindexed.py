@@ -71,7 +71,8 @@ def test_ids_travel_with_the_state_and_with_the_module():
     assert torch.equal(other(ids), model(ids))
     assert other[0].items.data_ptr() != model[0].items.data_ptr()
     skeleton = reindexed().to("meta")
-    assert skeleton[0].items.is_meta and skeleton[1].classes.is_meta
+    assert skeleton[0].items.is_meta
+    assert skeleton[1].classes.is_meta
     skeleton.load_state_dict(state, assign=True)
     assert torch.equal(skeleton(ids), model(ids))
     assert model.double()[0].items.dtype == torch.int64
@@ -81,7 +82,7 @@ def test_a_state_without_the_ids_or_with_others_is_refused():
     model = reindexed()
     state = model.state_dict()
     without = {name: value for name, value in state.items() if name != "1.classes"}
-    with pytest.raises(RuntimeError, match='Missing key.*"1.classes"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"1.classes"'):
         model.load_state_dict(without)
     with pytest.raises(RuntimeError, match=r"0.items: torch.int64 \(2000,\) is needed, got torch.int64 \(7,\)"):
         model.load_state_dict({**state, "0.items": torch.arange(7)})

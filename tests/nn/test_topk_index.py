@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from cprec_kernels import Partition, optim
-from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss, TopKIndex, TopKResult
-from cprec_kernels.nn import topk_index
+from cprec_kernels.nn import BlockEmbedding, ClusteredSoftmaxWithLoss, TopKIndex, TopKResult, topk_index
 from cprec_kernels.nn.index_packing import STORAGES
 from cprec_kernels.testing import make_hidden, make_softmax
 

@@ -230,6 +230,15 @@ def test_every_tail_of_a_vector(width, dtype, cpu_backend, poison):
         assert_accurate(out, ref.block_embedding(ids, tables, projections), truth, dtype)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 7), (torch.float16, 10)], ids=str)
+def test_products_are_rounded_to_the_nearest_and_ties_to_even(dtype, bits, cpu_backend):
+    """Bit for bit, of every significand with many others: products of two are exact in fp32."""
+    significands = (1 + torch.arange(2**bits) / 2**bits).to(dtype)
+    table, projection = significands[:, None], significands[None, :: 2**bits // 128][:, :37]
+    out = functional.block_embedding(torch.arange(2**bits), [table], [projection])
+    assert torch.equal(out, (table.float() @ projection.float()).to(dtype))
+
+
 @pytest.mark.parametrize(("bad", "place"), [(-1, "[0, 1]"), (100, "[0, 1]"), (2**40, "[0, 1]")])
 def test_an_id_out_of_range_is_named(bad, place, cpu_backend):
     partition = Partition(100, [10, 50], [8, 4, 2], 8)
@@ -396,3 +405,16 @@ def test_a_gradient_with_a_graph_is_never_added_in_place(cpu_backend):
     loss.backward(create_graph=True)
     with pytest.raises(RuntimeError, match="not twice differentiable"):
         sum(leaf.grad.square().sum() for leaf in leaves).backward()
+
+
+def test_gradients_add_up_after_one_that_has_a_graph(cpu_backend):
+    tables, projections = make_embedding(Partition(40, [10, 20], [8, 4, 2], 8))
+    leaves = [tensor.requires_grad_() for tensor in (*tables, *projections)]
+    accumulate_in_place(leaves)
+    functional.block_embedding(torch.arange(40), tables, projections).square().sum().backward(create_graph=True)
+    once = [leaf.grad.detach().clone() for leaf in leaves]
+    with CalledOps() as called:
+        functional.block_embedding(torch.arange(40), tables, projections).square().sum().backward()
+    assert "block_embedding_backward_into" not in called.names  # it writes behind the graph's back
+    for leaf, before in zip(leaves, once, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * before)

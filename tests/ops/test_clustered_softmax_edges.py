@@ -203,3 +203,19 @@ def test_gradients_of_another_number_of_tokens_are_refused():
         grads[short] = grads[short][:1]
         with pytest.raises(ValueError, match="must have the shape of target"):
             torch.ops.cprec.clustered_softmax_backward(*grads[:2], *args, *grads[2:], kept, IGNORE, None, [True] * 5)
+
+
+def test_a_logit_far_above_those_of_the_slabs_before_it(cpu_backend):
+    weight = torch.zeros(600, 8)
+    weight[500] = 1_000.0
+    target = torch.tensor([500, 500, 0])
+    log_prob, _ = functional.clustered_target_log_prob(torch.ones(3, 8), target, Weights([weight]))
+    torch.testing.assert_close(log_prob, torch.tensor([0.0, 0.0, -8_000.0]), rtol=0, atol=1e-3)
+
+
+def test_gradients_of_biases_are_exact_where_logits_are_large(cpu_isa):
+    """The reference subtracts a rounded normaliser of about 300, and is off by up to 1e-5."""
+    bias = torch.full((100,), 301.0, requires_grad=True)
+    weights = Weights([torch.zeros(100, 8)], [], bias)
+    functional.clustered_cross_entropy(torch.ones(1, 8), torch.tensor([0]), weights).backward()
+    assert (bias.grad[1:] * 100 - 1).abs().max() < 2e-6

@@ -106,6 +106,15 @@ def test_exclusions_and_candidates(data):
         assert_same_items(items, scores, expected, 1e-4)
 
 
+def test_exclusions_go_with_their_rows_in_batches_of_many(cpu_backend):
+    """More rows than a chunk of them holds."""
+    weights = make_softmax(Partition(300, [60, 150], [16, 8, 4], 16), logit_std=2.0)
+    hidden = torch.randn(1_100, 16)
+    best = functional.clustered_topk(hidden, 2, weights)[1]
+    for exclude in (best[:, :1].contiguous(), (torch.arange(1_101), best[:, 0].contiguous())):
+        assert torch.equal(functional.clustered_topk(hidden, 1, weights, exclude=exclude)[1][:, 0], best[:, 1])
+
+
 def test_everything_excluded_leaves_nothing():
     partition = Partition(20, [5], [4, 2], 4)
     weights = make_softmax(partition)
@@ -235,6 +244,13 @@ def test_wrong_arguments_are_named():
         topk(hidden, 1, weights, candidates=torch.tensor([1.0]))
     with pytest.raises(IndexError, match=r"target\[1\] = -1"):
         functional.clustered_rank(hidden, torch.tensor([0, -1]), weights)
+
+
+def test_offsets_that_descend_within_their_range_are_refused(cpu_backend):
+    partition = Partition(100, [10, 50], [8, 4, 2], 8)
+    exclude = torch.tensor([0, 3, 2, 4]), torch.arange(4)
+    with pytest.raises(ValueError, match=r"must ascend from 0 to the number of items 4, got 0\.\.4, not ascending"):
+        functional.clustered_topk(hidden_rows(partition, 3), 1, make_softmax(partition), exclude=exclude)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

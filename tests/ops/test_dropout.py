@@ -50,6 +50,11 @@ def test_zeros_come_with_probability_p_and_means_stay(p, cpu_backend):
     torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (1 - p)), rtol=1e-2, atol=0)
 
 
+def test_the_last_level_before_p_of_one_still_keeps_some(cpu_backend):
+    kept = functional.dropout(torch.ones(1 << 20), 1 - 1e-7, 5)
+    assert kept.unique().tolist() == [0.0, 65_536.0]
+
+
 def test_elements_are_independent_of_their_neighbours_and_of_other_seeds():
     """Within a block of 128, between blocks, and between seeds that follow each other: by frequencies."""
     draws = torch.stack([functional.dropout(torch.ones(1 << 18), 0.5, seed) != 0 for seed in range(8)])

@@ -72,6 +72,15 @@ def test_accuracy(name, shape, sparse, dtype, cpu_backend, poison):
             assert_accurate(a, b, t, a.dtype, f"argument {index}")
 
 
+@pytest.mark.parametrize("rows", [None, torch.arange(0, 40, 3)], ids=["all", "rows"])
+def test_a_long_decay_is_accurate_to_the_last_digits(rows, cpu_backend):
+    param, row_log_decay = torch.ones(40, 7), torch.zeros(40, dtype=torch.float64)
+    torch.ops.cprec.row_decay_(param, rows, row_log_decay, -20.0)
+    decayed = slice(None) if rows is None else rows
+    torch.testing.assert_close(param[decayed], torch.full_like(param[decayed], math.exp(-20)), rtol=1e-5, atol=0)
+    assert (row_log_decay[decayed] == -20).all()
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_rows_that_are_not_named_keep_every_bit(name, cpu_backend):
     args = inputs(name, (40, 5), torch.float32)

@@ -196,6 +196,26 @@ def test_counters_say_what_was_done(cpu_backend):
         assert topk_index(hidden, 5, arrays)[2].tolist() == [[3, 2 + 10 + 37, LARGE.num_items]] * 9
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("k", "best"), [(1, 1), (3, 10), (10, 60)])
+def test_without_the_best_come_the_next(k, best, storage, cpu_isa):
+    hidden = make_hidden(LARGE, (20,))
+    arrays = pack(make_softmax(LARGE, logit_std=2.0), storage, True, "kd")
+    items = topk_index(hidden, best + k, arrays)[1]
+    for early in (True, False):
+        found = topk_index(hidden, k, arrays, exclude=items[:, :best], early_termination=early)[1]
+        assert torch.equal(found, items[:, best:])
+
+
+def test_exclusions_go_with_their_rows_in_batches_of_many(cpu_backend):
+    """More rows than a chunk of them holds."""
+    arrays = pack(make_softmax(Partition(300, [60, 150], [16, 8, 4], 16), logit_std=2.0), "float32", True, "kd")
+    hidden = torch.randn(1_100, 16)
+    best = topk_index(hidden, 2, arrays)[1]
+    for exclude in (best[:, :1].contiguous(), (torch.arange(1_101), best[:, 0].contiguous())):
+        assert torch.equal(topk_index(hidden, 1, arrays, exclude=exclude)[1][:, 0], best[:, 1])
+
+
 # 4 opcheck
 
 

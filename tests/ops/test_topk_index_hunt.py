@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec_kernels import Partition, backend_of
+from cprec_kernels.functional import Weights
 from cprec_kernels.nn.index_packing import STORAGES, pack
 from cprec_kernels.ops.topk_index import topk_index
 from cprec_kernels.testing import make_softmax
@@ -91,3 +93,41 @@ def assert_equal_items_in_order(items, weights, partition):
                 wanted = (kinds == kind).nonzero().flatten()
                 got = own[kinds[own] == kind]
                 assert torch.equal(got, wanted[: got.numel()])
+
+
+def assert_storage_changes_no_item(hidden, weights, ks, orders):
+    """Items of an exact index that stores int8 are those of one that stores fp32."""
+    plain = pack(weights, "float32", True, None)
+    for blocks in orders:
+        arrays = pack(weights, "int8", True, blocks)
+        for k in ks:
+            items = topk_index(hidden, k, plain)[1]
+            for early in (True, False):
+                assert torch.equal(topk_index(hidden, k, arrays, early_termination=early)[1], items)
+
+
+@pytest.mark.parametrize("seed", range(56, 76))
+def test_int8_finds_the_same_items_where_it_holds_them_almost_exactly(seed, cpu_isa):
+    """Nothing but rounding parts stored logits from true ones, and half of the items stand there twice."""
+    generator = torch.Generator().manual_seed(seed)
+    width, scale = (4, 8, 16)[seed % 3], torch.tensor(0.1 * 2.0 ** (seed // 3 % 6) / 127)
+    tables = []
+    for size in (42, 64, 100):
+        table = torch.randint(-127, 128, (size, width), generator=generator).float()
+        table[::32, 0] = 127  # a group's largest: its scale is the one above
+        table *= scale
+        table[size // 2 : size // 2 * 2] = table[: size // 2].flip(0)
+        tables.append(table)
+    hidden = torch.randn(16, width, generator=generator) * (2 + seed % 5)
+    assert_storage_changes_no_item(hidden, Weights(tables), (1, 3, 10, 39), (None, "kd"))
+
+
+@pytest.mark.parametrize("seed", range(1, 21))
+def test_int8_finds_the_same_items_where_all_are_nearly_tied(seed, cpu_isa):
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(1, 8, generator=generator)
+    centre /= centre.norm()
+    spread = 10.0 ** -(1 + seed // 4 % 6)
+    tables = [centre * (1 + seed % 4) + torch.randn(size, 8, generator=generator) * spread for size in (62, 200, 70)]
+    hidden = centre * (1 + seed % 7) + torch.randn(8, 8, generator=generator) * 0.3
+    assert_storage_changes_no_item(hidden, Weights(tables), (1, 5, 30, 59, 120), (None,))

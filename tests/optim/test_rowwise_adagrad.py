@@ -74,3 +74,15 @@ def test_a_row_has_one_accumulator(shape, cpu_backend):
 def test_hyperparameters_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
         RowwiseAdagrad([torch.ones(2, 2).requires_grad_()], **options)
+
+
+@pytest.mark.parametrize("shape", [(40,), (40, 1)], ids=str)
+def test_rows_whose_gradient_is_zero_stay_where_they_are(shape, cpu_backend):
+    param = torch.nn.Parameter(torch.ones(shape))
+    optimizer = RowwiseAdagrad([param], lr=0.1, eps=0.5)
+    param.grad = torch.zeros(shape)
+    param.grad[3] = 1
+    optimizer.step()
+    expected = torch.ones(shape)
+    expected[3] -= 0.1 / 1.5
+    torch.testing.assert_close(param.detach(), expected)

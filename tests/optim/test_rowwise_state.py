@@ -97,6 +97,22 @@ def test_a_state_of_something_else_is_refused(kind):
     assert str(optimizer.state_dict()) == str(before)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [(RowwiseAdagrad, "sum"), (RowwiseAdagrad, "row_log_decay"), (RowwiseAdamW, "row_log_decay")]
+)
+def test_a_state_with_a_row_too_many_is_refused(kind, name):
+    param = torch.ones(12, 3).requires_grad_()
+    optimizer = kind([param], weight_decay=0.1)
+    train(optimizer, [param], range(2))
+    before = optimizer.state_dict()
+    longer = copy.deepcopy(before)
+    assert longer["state"][0][name].shape == (12,)
+    longer["state"][0][name] = torch.ones(13)
+    with pytest.raises(ValueError, match=rf"{name} of parameter 0 is \(13,\), for a parameter \(12, 3\)"):
+        optimizer.load_state_dict(longer)
+    assert str(optimizer.state_dict()) == str(before)
+
+
 @BOTH
 def test_a_state_that_would_fail_later_is_refused(kind):
     """Of other columns; of an optimizer without our numbers, or with others, before its first step too."""

@@ -9,32 +9,43 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
-import math
 import re
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 
 from cprec.serving_io import BLANK
 
+from .columns import (
+    TIME_LIKE,
+    at_least,
+    has_user_and_item,
+    is_date,
+    is_integer,
+    is_number,
+    json_advice,
+    kind_of,
+    most,
+    only_named_as_time,
+    resolve_columns,
+)
 from .errors import DataError
 from .sample import Sample, check_file, is_parquet, read_sample
 
 FORMATS = ("pairs", "sequences", "csv", "tsv", "parquet", "inter", "ml-1m", "ml-100k", "amazon")
 
-# known column names in lower case without "_", "-", " " and "."; an earlier one is preferred
-_USER_NAMES = ("user", "userid", "uid", "u", "reviewerid", "customer", "customerid", "visitor", "visitorid", "memberid")
-_SESSION_NAMES = ("accountid", "session", "sessionid", "sid", "playlistid", "basketid")
-_ITEM_NAMES = ("item", "itemid", "iid", "i", "movieid", "movie", "productid", "product", "asin", "parentasin", "isbn")
-_THING_NAMES = ("trackid", "songid", "artistid", "bookid", "newsid", "articleid", "videoid", "businessid", "locationid")
-_TIME_NAMES = ("timestamp", "time", "ts", "t", "unixreviewtime", "unixtime", "eventtime", "datetime", "date")
-
 _TYPED = re.compile(r"[^:\t]+:(token|token_seq|float|float_seq)")
-_DATE = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d.*)?")
 _DATE_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f%z", "%Y-%m-%d %H:%M", "%Y-%m-%d")
-_TIME_LIKE = 100_000_000  # 1973 in Unix seconds: smaller numbers are as likely to be items or ratings
+_SEPARATORS = ("\t", ",", ";", "|", " ")
+_TABLE_LINES = 4  # as wide as each other they are a table; fewer, where their columns also differ in kind
+
+# what is read of formats that leave no choice, see Layout.roles
+_RATINGS_ROLES: dict[str, str | None] = {"user": "field 1", "item": "field 2", "time": "field 4"}
+USUAL_ROLES: dict[str, dict[str, str | None]] = {
+    "sequences": {"user": "the line's number", "item": "its fields"},
+    **dict.fromkeys(("ml-1m", "ml-100k", "amazon"), _RATINGS_ROLES),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +74,15 @@ class Layout:
     time_format: str = "float"
     header: int = 0
 
+    @property
+    def roles(self) -> dict[str, str | None]:
+        """What is read as user, item and time: names of columns or ``field 1``; ``sequences`` have no time to name."""
+        if self.format == "sequences":
+            return USUAL_ROLES["sequences"]
+        names = self.columns or [f"field {place}" for place in range(1, self.fields + 1)]
+        places = {"user": self.user, "item": self.item, "time": self.time}
+        return {role: None if place is None else names[place] for role, place in places.items()}
+
 
 def detect_format(path: str | Path) -> str:
     """Name of the format of ``path``, one of ``FORMATS``, by its content.
@@ -73,15 +93,17 @@ def detect_format(path: str | Path) -> str:
     them; else ``pairs`` or ``sequences``. Lines of two fields are ``pairs`` when a first field comes again on another
     line, when the first fields are integers that never fall, or when one field is a number and the other is not. Lines
     of three are ``pairs`` when the third is a number and it is at least 10**8, the second is none, or the lines of one
-    user stand together. Every other text is ``sequences``. Where that guesses wrong, pass ``format=``.
+    user stand together. Every other text is ``sequences``, unless its lines are JSON or all of one width, three fields
+    or more, as those of a table are. Where that guesses wrong, pass ``format=``.
 
     Raises:
-        DataError: no such file, an empty one, or one that is compressed, binary or not UTF-8.
+        DataError: no such file, an empty one, one that is compressed, binary or not UTF-8, JSON, or a table whose
+            columns are not known.
     """
     path = check_file(path)
     if is_parquet(path):
         return "parquet"
-    return _detect(read_sample(path), None, None)
+    return _detect(path, read_sample(path), None, None)
 
 
 def make_layout(
@@ -98,9 +120,11 @@ def make_layout(
     Raises:
         DataError: a column is missing (the message lists those there are), or the first line does not fit the format.
     """
-    kind = format or _detect(sample, user_column, item_column)
     number, first = sample.head[0]
-    if kind in ("csv", "tsv", "inter"):
+    places = _places(sample, format, user_column, item_column, time_column)
+    names = (None, None) if places else (user_column, item_column)
+    kind = format or _detect(path, sample, *names, placed=places is not None)
+    if kind in ("csv", "tsv", "inter") and not places:
         separator = "\t" if kind != "csv" else _csv_separator(first, user_column, item_column)
         columns = tuple(split_header(first, separator))
         if kind == "inter":
@@ -114,15 +138,39 @@ def make_layout(
         layout = Layout(kind, separator, len(columns), columns, user, item, time, header=number)
         if len(sample.head) < 2:
             raise DataError("the file has a header and nothing below it", path)
+        rows = _split_all(sample.lines[1:], layout)
+        if (
+            time is not None
+            and not time_column
+            and only_named_as_time(columns[time], [row[time] for row in rows if row])
+        ):
+            layout = dataclasses.replace(layout, time=None)
     else:
-        if user_column or item_column or time_column:
+        if not places and (user_column or item_column or time_column):
             raise DataError(
                 f"user_column, item_column and time_column need a header, but the file reads as {kind!r}, without one "
-                f"(its first line is {first[:80]!r})",
+                f"(its first line is {first[:80]!r}); "
+                + ("its lines have no columns" if kind == "sequences" else "give numbers of fields, the first being 1"),
                 path,
             )
-        layout = _headerless(path, sample, kind)
+        layout = _headerless(path, sample, kind, places or (None, None, None), time_column)
     return _with_types(path, sample, layout, ids)
+
+
+def _places(sample: Sample, format: str | None, *wanted: str | None) -> tuple[int | None, ...] | None:
+    """The wanted columns as fields, from 0, where they are numbers, from 1, and the file has no header; else None."""
+    numbers = [re.fullmatch(r"[1-9]\d{0,5}", name, re.ASCII) for name in wanted if name]
+    lines = sample.lines
+    if not numbers or not all(numbers) or format in ("inter", "sequences") or _is_inter(lines[0]):
+        return None
+    if _header_separator(lines, None, None) is not None:
+        return None
+    for separator in _SEPARATORS:  # numbers as names, as pandas writes them, perhaps with an index before them
+        names = split_header(lines[0], separator)
+        names = names[1:] if names[:1] == [""] else names
+        if len(names) > 1 and names == [str(place) for place in range(len(names))]:
+            return None
+    return tuple(int(name) - 1 if name else None for name in wanted)
 
 
 def split_header(line: str, separator: str) -> list[str]:
@@ -138,71 +186,59 @@ def _fields(line: str, separator: str) -> list[str]:
         return []
 
 
-def resolve_columns(
-    path: Path,
-    columns: Sequence[str],
-    user_column: str | None,
-    item_column: str | None,
-    time_column: str | None,
-    line: int | None,
-) -> tuple[int, int, int | None]:
-    """Positions of user, item and time among ``columns``. Raises DataError that lists the columns there are."""
-    listed = ", ".join(columns)
-    doubled = {name for name in columns if columns.count(name) > 1}
-    if doubled:
-        raise DataError(f"the column {sorted(doubled)[0]!r} is there twice; the columns are: {listed}", path, line)
-
-    def find(role: str, wanted: str | None, known: tuple[str, ...], needed: bool) -> int | None:
-        if wanted is not None:
-            if wanted not in columns:
-                raise DataError(f"there is no column {wanted!r}; the columns are: {listed}", path, line)
-            return list(columns).index(wanted)
-        plain = [_plain(name) for name in columns]
-        for name in known:
-            if name in plain:
-                return plain.index(name)
-        if needed:
-            raise DataError(
-                f"no column looks like the {role}; the columns are: {listed}. Name it with {role}_column= "
-                f"(--{role}-column)",
-                path,
-                line,
-            )
-        return None
-
-    user = find("user", user_column, _USER_NAMES + _SESSION_NAMES, True)
-    item = find("item", item_column, _ITEM_NAMES + _THING_NAMES, True)
-    assert user is not None
-    assert item is not None
-    time = find("time", time_column, _TIME_NAMES, False)
-    if user == item:
-        raise DataError(f"the column {columns[user]!r} cannot be both user and item; the columns are: {listed}", path)
-    return user, item, time
+def _is_inter(first: str) -> bool:
+    return all(_TYPED.fullmatch(name) for name in first.split("\t"))
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[_\- .]", "", name).lower()
-
-
-def _detect(sample: Sample, user_column: str | None, item_column: str | None) -> str:
+def _detect(path: Path, sample: Sample, user_column: str | None, item_column: str | None, placed: bool = False) -> str:
+    """The format; ``"table"`` for what is none of them, but whose fields were chosen by number (``placed``)."""
     lines = sample.lines
-    if all(_TYPED.fullmatch(name) for name in lines[0].split("\t")):
+    if lines[0][0] in "{[":
+        raise DataError(json_advice(path, lines), path, sample.head[0][0])
+    if _is_inter(lines[0]):
         return "inter"
     separator = _header_separator(lines, user_column, item_column)
     if separator is not None:
         return "tsv" if separator == "\t" else "csv"
-    if _most([line.count("::") == 3 for line in lines]):
+    if most([line.count("::") == 3 for line in lines]):
         return "ml-1m"
     for separator, kind in (("\t", "ml-100k"), (",", "amazon")):
         rows = [line.split(separator) for line in lines]
-        if _most([len(row) == 4 and _is_number(row[2]) and _at_least(row[3], _TIME_LIKE) for row in rows]):
+        if most([len(row) == 4 and is_number(row[2]) and at_least(row[3], TIME_LIKE) for row in rows]):
             return kind
-    return "pairs" if _are_pairs(_tokens(lines)) else "sequences"
+    table = _table(lines)
+    if not (table and table[0] in ";|") and _are_pairs(_tokens(lines)):  # which split at blanks and commas alone
+        return "pairs"
+    if placed:
+        return "table"
+    if table:
+        named = " or ".join(repr(name) for name in (user_column, item_column) if name)
+        raise DataError(
+            f"looks like a table of {table[1]} columns, none of which is {named or 'known as the user or the item'} (its "
+            f"first line is {lines[0][:80]!r}): name them with --user-column and --item-column (user_column=, "
+            "item_column=), in a file without a header by number, from 1, or pass --format sequences if every line "
+            "is one sequence",
+            path,
+        )
+    return "sequences"
 
 
-def _most(matches: list[bool]) -> bool:
-    """More than half: what a damaged line looks like must not decide on the format of the others."""
-    return sum(matches) * 2 > len(matches)
+def _table(lines: list[str]) -> tuple[str, int] | None:
+    """Separator and width of lines that are all as wide as each other, three fields or more; None for sequences.
+
+    One line says nothing. Of two or three, and where a few have another width, the columns must also differ in kind.
+    """
+    for separator in _SEPARATORS:
+        rows = _rows(lines, separator)
+        width = _usual_width(rows)
+        regular = [row for row in rows if len(row) == width]
+        odd = len(rows) - len(regular)
+        if width < 3 or len(regular) < 2 or odd > len(rows) // 20:
+            continue
+        kinds = {kind_of(column) for column in zip(*regular, strict=True)} - {""}
+        if len(kinds) > 1 or (not odd and len(rows) >= _TABLE_LINES):
+            return separator, width
+    return None
 
 
 def _usual_width(rows: list[list[str]]) -> int:
@@ -221,14 +257,14 @@ def _are_pairs(rows: list[list[str]]) -> bool:
     allowed = max(int(together and len(rows) > 3), len(rows) // 20)
     if width not in (2, 3) or odd > allowed:
         return False
-    of_numbers = [_most([_is_number(row[place]) for row in regular]) for place in range(width)]
+    of_numbers = [most([is_number(row[place]) for row in regular]) for place in range(width)]
     if width == 2:
-        numbers = [int(user) for user in users if _is_integer(user)]
+        numbers = [int(user) for user in users if is_integer(user)]
         ascending = len(numbers) == len(users) and sorted(numbers) == numbers
         return repeats or ascending or of_numbers[0] != of_numbers[1]
     if not of_numbers[2]:
         return False
-    return together or not of_numbers[1] or _most([_at_least(row[2], _TIME_LIKE) for row in regular])
+    return together or not of_numbers[1] or most([at_least(row[2], TIME_LIKE) for row in regular])
 
 
 def _header_separator(lines: list[str], user_column: str | None, item_column: str | None) -> str | None:
@@ -236,21 +272,20 @@ def _header_separator(lines: list[str], user_column: str | None, item_column: st
     lines = [line for line in lines if len(line) < 10_000] if len(lines[0]) < 10_000 else []
     if not lines:
         return None
-    for separator in ("\t", ",", ";", "|", " "):
+    for separator in _SEPARATORS:
         names = split_header(lines[0], separator)
         if len(names) < 2:
             continue
         if (user_column and user_column in names) or (item_column and item_column in names):
             return separator
-        plain = {_plain(name) for name in names}
-        if plain & {*_USER_NAMES, *_SESSION_NAMES} and plain & {*_ITEM_NAMES, *_THING_NAMES}:
+        if has_user_and_item(names):
             return separator
         body = [row for line in lines[1:] if len(row := _fields(line, separator)) == len(names)]
-        unnamed = len(set(names)) < len(names) or any(not name or _is_number(name) or _is_date(name) for name in names)
+        unnamed = len(set(names)) < len(names) or any(not name or is_number(name) or is_date(name) for name in names)
         if unnamed or len(body) * 2 <= len(lines) - 1:
             continue
         for column in zip(*body, strict=True):
-            if all(_is_number(value) or _is_date(value) for value in column):
+            if all(is_number(value) or is_date(value) for value in column):
                 return separator
     return None
 
@@ -259,6 +294,10 @@ def _csv_separator(first: str, user_column: str | None, item_column: str | None)
     """The separator of a CSV header: the one that yields known or wanted names, else the most frequent one."""
     found = _header_separator([first], user_column, item_column)
     return found if found not in (None, "\t") else max(",;|", key=first.count)
+
+
+def _rows(lines: list[str], separator: str) -> list[list[str]]:
+    return [line.split() if separator == " " else _fields(line, separator) for line in lines]
 
 
 def _tokens(lines: list[str]) -> list[list[str]]:
@@ -272,18 +311,38 @@ def _list_separator(lines: list[str]) -> str:
     return "," if commas and all("," in line or len(line.split()) == 1 for line in lines) else " "
 
 
-def _headerless(path: Path, sample: Sample, kind: str) -> Layout:
-    number = sample.head[0][0]
+def _headerless(
+    path: Path, sample: Sample, kind: str, places: tuple[int | None, ...], time_column: str | None
+) -> Layout:
+    """The layout of a file without a header; ``places`` go before what its format says."""
+    lines, number = sample.lines, sample.head[0][0]
     if kind == "sequences":
-        return Layout(kind, _list_separator(sample.lines), item=0)
-    if kind == "pairs":
-        separator = _list_separator(sample.lines)
-        width = _usual_width(_tokens(sample.lines))
-        if width not in (2, 3):
+        return Layout(kind, _list_separator(lines), item=0)
+    usual: tuple[int | None, ...] = (0, 1, 3)
+    if kind in ("table", "csv", "tsv"):
+        separator, width = _table(lines) or (_list_separator(lines), 0)
+        if kind != "table":
+            separator = "\t" if kind == "tsv" else _csv_separator(lines[0], None, None)
+        width = _usual_width(_rows(lines, separator))
+        kind, usual = {"\t": "tsv", " ": "pairs"}.get(separator, "csv"), (None, None, None)
+    elif kind == "pairs":
+        separator, width = _list_separator(lines), _usual_width(_tokens(lines))
+        if width not in (2, 3) and places[:2] == (None, None):
             raise DataError(f"expected 'user item' or 'user item timestamp', found {width} fields", path, number)
-        return Layout(kind, separator, width, user=0, item=1, time=2 if width == 3 else None)
-    separator = {"ml-1m": "::", "ml-100k": "\t", "amazon": ","}[kind]
-    return Layout(kind, separator, 4, user=0, item=1, time=3)
+        usual = (0, 1, 2 if width == 3 else None)
+    else:
+        separator, width = {"ml-1m": "::", "ml-100k": "\t", "amazon": ","}[kind], 4
+    user, item, time = (standard if place is None else place for place, standard in zip(places, usual, strict=True))
+    if time_column == "" or (places[2] is None and time in (user, item)):
+        time = None
+    if user is None or item is None:
+        raise DataError("a file without a header needs both --user-column and --item-column", path)
+    found = [place for place in (user, item, time) if place is not None]
+    if max(found) >= width:
+        raise DataError(f"there is no column {max(found) + 1}: its lines have {width} fields", path, number)
+    if len(set(found)) < len(found):
+        raise DataError(f"user, item and time must be different columns, got {[place + 1 for place in found]}", path)
+    return Layout(kind, separator, width, user=user, item=item, time=time)
 
 
 def _with_types(path: Path, sample: Sample, layout: Layout, ids: str) -> Layout:
@@ -323,11 +382,11 @@ def _split_all(lines: list[str], layout: Layout) -> list[list[str]]:
 
 def _mostly_integers(values: list[str]) -> bool:
     """More than nine in ten: a damaged id among integers is to be reported, not to become a new item."""
-    return bool(values) and sum(map(_is_integer, values)) * 10 > len(values) * 9
+    return bool(values) and sum(map(is_integer, values)) * 10 > len(values) * 9
 
 
 def _time_format(path: Path, times: list[tuple[int, str]]) -> str:
-    good = [float(value) for _, value in times if _is_number(value)]
+    good = [float(value) for _, value in times if is_number(value)]
     series = (
         pl.Series([value for _, value in times], dtype=pl.String)
         .str.replace("T", " ", literal=True)
@@ -339,23 +398,9 @@ def _time_format(path: Path, times: list[tuple[int, str]]) -> str:
     if good or not times:
         return "int" if good and max(map(abs, good)) > 2**53 else "float"
     number, value = times[0]
-    raise DataError(f"the timestamp {value!r} is neither a number nor a date like 2024-05-31 23:59:59", path, number)
-
-
-def _is_integer(value: str) -> bool:
-    return re.fullmatch(r"[+-]?\d{1,18}", value, re.ASCII) is not None
-
-
-def _is_number(value: str) -> bool:
-    try:
-        return math.isfinite(float(value)) and "_" not in value
-    except ValueError:
-        return False
-
-
-def _is_date(value: str) -> bool:
-    return _DATE.fullmatch(value) is not None
-
-
-def _at_least(value: str, bound: float) -> bool:
-    return _is_number(value) and float(value) >= bound
+    raise DataError(
+        f"the timestamp {value!r} is neither a number nor a date like 2024-05-31 23:59:59; convert it, or pass "
+        "--time-column '' (time_column=\"\") to take the lines in the file's order",
+        path,
+        number,
+    )

@@ -17,8 +17,9 @@ import polars as pl
 
 from cprec.serving_io import BLANK
 
+from .columns import only_named_as_time, resolve_columns
 from .errors import DataError
-from .layout import FORMATS, Layout, detect_format, make_layout, resolve_columns
+from .layout import FORMATS, Layout, detect_format, make_layout
 from .sample import check_file, is_parquet, not_utf8, read_sample
 
 __all__ = ["FORMATS", "Interactions", "detect_format", "scan_interactions"]
@@ -117,8 +118,10 @@ class Interactions:
         line: int | None = row + 1
         where = ""
         if self.format in ("csv", "tsv"):
+            first = -1 if self.layout.header else 0
             line = next(
-                (line for i, (line, _) in enumerate(_csv_rows(self.path, self.layout.separator), -1) if i == row), None
+                (line for i, (line, _) in enumerate(_csv_rows(self.path, self.layout.separator), first) if i == row),
+                None,
             )
         elif self.format == "parquet":
             line, where = None, f"row {row}: "
@@ -188,14 +191,15 @@ def scan_interactions(
             - ``inter``: RecBole's atomic file, tabs and a typed header (``user_id:token``);
             - ``ml-1m``, ``ml-100k``: MovieLens ``ratings.dat`` (``::``) and ``u.data`` (tabs), user item rating time;
             - ``amazon``: ``user,item,rating,time`` without a header.
-        user_column, item_column, time_column: names in the header, where it is not the usual ones. Without a time
-            column the file's order is taken as the order in time.
+        user_column, item_column, time_column: names in the header, where it is not the usual ones; in a file without
+            a header numbers of fields as text, from ``"1"``. Without a time column, or with ``""`` for it, the file's
+            order is taken as the order in time.
         ids: ``"text"`` takes any non-empty id, ``"integer"`` integers only. ``"auto"`` is ``"integer"`` where more than
             nine in ten of the ids at the head and the tail of the file are integers (and in MovieLens files), so that
             a damaged id is reported. Ids are kept as text in every case: ``"007"`` is not ``"7"``.
 
     Raises:
-        DataError: the file is missing, empty, compressed, binary or not UTF-8; a column is missing.
+        DataError: the file is missing, empty, compressed, binary, JSON or not UTF-8; a column is missing or not known.
         ValueError: ``format`` or ``ids`` is not one of those above.
     """
     if format is not None and format not in FORMATS:
@@ -321,7 +325,13 @@ def _sequence_items(path: Path, layout: Layout) -> pl.LazyFrame:
 
 def _csv_fields(path: Path, layout: Layout) -> pl.LazyFrame:
     frame = pl.scan_csv(
-        path, separator=layout.separator, infer_schema=False, row_index_name="_row", glob=False, quote_char='"'
+        path,
+        has_header=layout.header > 0,
+        separator=layout.separator,
+        infer_schema=False,
+        row_index_name="_row",
+        glob=False,
+        quote_char='"',
     )
 
     def field(position: int | None) -> pl.Expr:
@@ -355,13 +365,20 @@ def _scan_parquet(
         kind = schema.dtypes()[position]
         if kind not in (pl.String, *_INTEGERS) and not isinstance(kind, pl.Categorical | pl.Enum):
             raise DataError(f"the column {names[position]!r} is {kind}; ids must be integers or strings", path)
+    if time is not None and time_column is None and schema.dtypes()[time].is_numeric():
+        values = frame.select(names[time]).head(1000).collect().to_series().cast(pl.String).drop_nulls()
+        time = None if only_named_as_time(names[time], values.to_list()) else time
     stamp = None if time is None else pl.col(names[time])
     if stamp is not None and time is not None:
         kind = schema.dtypes()[time]
         if isinstance(kind, pl.Datetime | pl.Date):
             stamp = stamp.cast(pl.Datetime("us")).dt.epoch("us")
         elif not kind.is_numeric():
-            raise DataError(f"the column {names[time]!r} is {kind}; times must be numbers or dates", path)
+            raise DataError(
+                f"the column {names[time]!r} is {kind}; times must be numbers or dates. Convert it, or pass "
+                "--time-column '' (time_column=\"\") to take the rows in the file's order",
+                path,
+            )
     raw = frame.with_row_index("_row").select(
         row="_row",
         user=pl.col(names[user]).cast(pl.String),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ class Sequences:
     def __setstate__(self, state: dict[str, Any]) -> None:
         if isinstance(state["items"], tuple):
             name, dtype, shape, offset = state["items"]
-            if state.get("_file", None) not in (None, _file_of(name)):
+            if state.get("_file") not in (None, _file_of(name)):
                 raise DataError("has been prepared again since it was opened; open it again", Path(name).parent)
             state["items"] = np.memmap(name, dtype=dtype, mode="r", shape=shape, offset=offset)
         self.__dict__.update(state)
@@ -113,7 +112,7 @@ class Sequences:
 
 def _file_of(path: str | Path) -> tuple[int, ...]:
     """What tells a file from another one of its name."""
-    about = os.stat(path)
+    about = Path(path).stat()
     return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
+from .layout import USUAL_ROLES
 from .sequences import PreparedData
 
 
@@ -29,6 +31,7 @@ class PreparedSummary:
     length_quartiles: tuple[int, int, int, int, int]
     head_shares: tuple[tuple[float, float], ...]
     notes: tuple[str, ...]
+    columns: str = ""
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of every line."""
@@ -36,6 +39,7 @@ class PreparedSummary:
         quartiles = " / ".join(f"{length:,}" for length in self.length_quartiles)
         rows = [
             ("data set", f"{self.name} ({self.source}, {self.format})"),
+            *([("columns", self.columns)] if self.columns else []),
             ("folder", self.folder),
             ("users", f"{self.users:,}"),
             ("items", f"{self.items:,} ({self.untrained_items:,} never in training)"),
@@ -52,13 +56,20 @@ class PreparedSummary:
         return "\n".join(f"{label:<16}{value}" for label, value in self.rows())
 
 
+def _columns(roles: Mapping[str, str | None]) -> str:
+    """Which columns were read as what; empty where that is not known."""
+    read = {role: name or "none: lines are taken in the file's order" for role, name in roles.items()}
+    return ", ".join(f"{role} = {name}" for role, name in read.items())
+
+
 def summarise(data: PreparedData) -> PreparedSummary:
     """The summary of an open folder."""
     sizes, options = data.meta["sizes"], data.meta["options"]
     reached = np.cumsum(data.counts) / max(1, int(data.counts.sum()))
     shares = tuple((top, float(reached[max(1, round(top * data.num_items)) - 1])) for top in (0.01, 0.05, 0.2))
     least, low, middle, high, most = np.quantile(data.sequences.lengths, [0, 0.25, 0.5, 0.75, 1], method="nearest")
-    split = options["split"]
+    source, split = data.meta["source"], options["split"]
+    usual = USUAL_ROLES.get(options["format"], {}) if "sha256" in source else {}
     if split != "leave-one-out":
         split += (
             f" (valid {options['valid_fraction']:.0%}, test {options['test_fraction']:.0%}, seed {options['seed']})"
@@ -66,7 +77,7 @@ def summarise(data: PreparedData) -> PreparedSummary:
     return PreparedSummary(
         name=data.name,
         folder=str(data.folder),
-        source=data.meta["source"]["name"],
+        source=source["name"],
         format=options["format"],
         split=split,
         users=sizes["users"],
@@ -80,4 +91,5 @@ def summarise(data: PreparedData) -> PreparedSummary:
         length_quartiles=(int(least), int(low), int(middle), int(high), int(most)),
         head_shares=shares,
         notes=tuple(data.meta["notes"]),
+        columns=_columns(source.get("columns") or usual),
     )
