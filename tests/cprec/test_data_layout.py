@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 from cprec.data import DataError, detect_format, prepare, scan_interactions, summarise
+from cprec.data.files import fingerprint
 
 WALK = [(f"u{user}", f"i{(user * step + 1) % 7}", 1_600_000_000 - 10 * step) for user in range(6) for step in range(5)]
 
@@ -194,13 +195,14 @@ def test_the_summary_says_which_columns_were_read(tmp_path, text, options, line)
     assert f"columns         {line}\n" in str(summarise(data))
 
 
-def test_usual_columns_leave_meta_as_it_was(tmp_path):
-    """Runs know their data by a fingerprint of all that meta.json says."""
+def test_names_of_columns_leave_fingerprints_as_they_were(tmp_path):
+    """Runs know their data by them."""
     usual = prepare(write(tmp_path, table([(u, i, 5, t) for u, i, t in WALK])), tmp_path / "usual")
     assert set(usual.meta["source"]) == {"name", "bytes", "sha256"}
     named = prepare(write(tmp_path, table(WALK, ",", "user,item,time\n")), tmp_path / "named")
     assert named.meta["source"]["columns"] == {"user": "user", "item": "item", "time": "time"}
     del named.meta["source"]["columns"]  # prepared by an earlier version
+    assert fingerprint(named.meta) == named.fingerprint
     assert "columns" not in dict(summarise(named).rows())
 
 

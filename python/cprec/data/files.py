@@ -33,8 +33,11 @@ def _hasher(algorithm: str) -> Any:
 
 
 def fingerprint(meta: dict[str, Any]) -> str:
-    """Digest of a meta.json without its own ``fingerprint`` entry."""
+    """Digest of a meta.json without its own ``fingerprint`` entry, and without the names of the columns that were read: the
+    files say what was in them, and folders from before names were kept have the fingerprint of those from after."""
     body = {key: value for key, value in meta.items() if key != "fingerprint"}
+    if isinstance(body.get("source"), dict):
+        body["source"] = {key: value for key, value in body["source"].items() if key != "columns"}
     text = json.dumps(body, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

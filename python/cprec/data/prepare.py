@@ -108,7 +108,7 @@ def prepare(
     coded = _encode(interactions, tell, min_item_count, min_sequence_length, keep_times=split == "time")
     origin: dict[str, Any] = {"name": source.name, "bytes": before[0], "sha256": digest(source)}
     roles = interactions.layout.roles
-    if roles != USUAL_ROLES.get(interactions.format):  # the usual are left out: they would change old fingerprints
+    if roles != USUAL_ROLES.get(interactions.format):
         origin["columns"] = roles
     if _identity(source) != before:
         raise DataError("the file changed while it was read; nothing was written", source)
