@@ -283,7 +283,7 @@ def backward(
     upstream = normalise(grad_log_prob, grad_uniform, lse_head, lse_tail, plan, largest)
     # Tokens that do not count stand last. Their gradients are 0, but products with them take 0 times what they hold, and a
     # hidden state without attention is NaN.
-    counts = torch.arange(input.shape[0], device=input.device) < plan.offsets[-1]
+    counts = torch.arange(input.shape[0], device=input.device) < plan.offsets.select(0, -1)
     packed = torch.where(counts.unsqueeze(1), input.index_select(0, plan.order), 0.0)
     d_packed = torch.zeros(input.shape if want_input else 0, dtype=torch.float32, device=input.device)
     for j, (level, column) in enumerate(zip(levels, plan.columns, strict=True)):

@@ -205,7 +205,7 @@ def test_record_then_growth_fails(planted, tmp_path, capsys):
 @needs_triton
 def test_wrong_usage_is_one_line(planted, tmp_path, capsys, monkeypatch):
     for arguments, message in (
-        (("--arch", 70), "--arch 70 is not one of 80, 90"),
+        (("--arch", 70), "--arch 70 is not one of 80, 86, 89, 90, 120"),
         (("--record", "--kernels", "k"), "--record keeps whole runs"),
         (("--record", "--coarse"), "--record keeps whole runs"),
         (("--kernels", "nothing"), "no case matches --kernels nothing"),

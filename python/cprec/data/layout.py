@@ -226,7 +226,8 @@ def _detect(path: Path, sample: Sample, user_column: str | None, item_column: st
 def _table(lines: list[str]) -> tuple[str, int] | None:
     """Separator and width of lines that are all as wide as each other, three fields or more; None for sequences.
 
-    One line says nothing. Of two or three, and where a few have another width, the columns must also differ in kind.
+    One line says nothing. Of two or three, between blanks, and where a few have another width, the columns must also differ
+    in kind: windows of one length are written so.
     """
     for separator in _SEPARATORS:
         rows = _rows(lines, separator)
@@ -236,7 +237,7 @@ def _table(lines: list[str]) -> tuple[str, int] | None:
         if width < 3 or len(regular) < 2 or odd > len(rows) // 20:
             continue
         kinds = {kind_of(column) for column in zip(*regular, strict=True)} - {""}
-        if len(kinds) > 1 or (not odd and len(rows) >= _TABLE_LINES):
+        if len(kinds) > 1 or (not odd and len(rows) >= _TABLE_LINES and separator != " "):
             return separator, width
     return None
 
