@@ -103,7 +103,7 @@ class Gate:
 
 def rows_to_judge(summaries: dict[str, Results], formulas: dict[str, str], trusted: list[str]) -> Tensor:
     """Rows for a referee at full size: the first few, and those in which a provider differs most from the yardstick."""
-    rows = set(range(REFEREE_ROWS))
+    rows: set[int] = set()
     for name, summary in summaries.items():
         yardstick = summaries.get(_yardstick(name, formulas, trusted), {})
         for key, value in summary.items():
@@ -111,8 +111,9 @@ def rows_to_judge(summaries: dict[str, Results], formulas: dict[str, str], trust
             if value.dim() == 2 and other is not None and other.shape == value.shape:
                 # What is not finite differs most.
                 apart = (value.double() - other.double()).norm(dim=1).nan_to_num(nan=math.inf)
-                rows |= set(apart.topk(min(REFEREE_ROWS, len(apart))).indices.tolist())
-    return torch.tensor(sorted(rows))
+                count = min(REFEREE_ROWS, len(apart))
+                rows |= {*range(count), *apart.topk(count).indices.tolist()}
+    return torch.tensor(sorted(rows), dtype=torch.int64)
 
 
 def errors_against_referee(summary: Results, rows: Tensor, judged: Results, dtype: str) -> str:

@@ -170,15 +170,19 @@ _OVERRIDES: dict[str, Tile] = {}
 
 
 def tile_for(kernel: str, rank: int, dtype: torch.dtype, architecture: int) -> Tile:
-    """The tile of a kernel for rows of ``rank`` columns. A newer architecture uses what its newest known ancestor does,
-    those of LIKE_86 the tiles of sm_80 where these fit."""
+    """The tile of a kernel for rows of ``rank`` columns; of an architecture without one, that of its ancestors."""
     if kernel in _OVERRIDES:
         return _OVERRIDES[kernel]
     key = kernel, padded_rank(rank), dtype.itemsize
+    found = (BY_ARCHITECTURE.get((ancestor, key)) for ancestor in _ancestors(architecture))
+    return next((tile for tile in found if tile is not None), TABLE[key])
+
+
+def _ancestors(architecture: int) -> tuple[int, ...]:
+    """The architectures whose tiles one takes, the nearest first: a newer one those of the newest that is known."""
     if architecture in LIKE_86:
-        return BY_ARCHITECTURE.get((86, key)) or BY_ARCHITECTURE.get((80, key), TABLE[key])
-    known = max((known for known in (80, 90, 100) if known <= architecture), default=80)
-    return BY_ARCHITECTURE.get((known, key), TABLE[key])
+        return 86, 80
+    return (max((known for known in ARCHITECTURES if known <= architecture and known not in LIKE_86), default=80),)
 
 
 def is_overridden(kernel: str) -> bool:

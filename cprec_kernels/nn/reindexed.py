@@ -73,8 +73,9 @@ class HoldsPermutations(nn.Module):
 class ReindexedEmbedding(HoldsPermutations):
     """In the place of an ``nn.Embedding``: takes its ids, and looks them up in a table sorted by frequency.
 
-    A :class:`BlockEmbedding` numbers items by falling frequency. This module keeps the permutation beside it, which
-    travels with ``state_dict`` and is no buffer (averages of weights would average it), so that nothing outside has to change its ids.
+    A :class:`BlockEmbedding` numbers items by falling frequency. This module keeps the permutation beside it, so that
+    nothing outside has to change its ids. It travels with ``state_dict``, and is no buffer, which averages of weights
+    would average.
 
     Args:
         embedding: the table.

@@ -96,7 +96,8 @@ def save(
     metadata = {SUMS_KEY: f"{fingerprint} {_checksum(tensors)}"}
     folder.parent.mkdir(parents=True, exist_ok=True)
     exists = folder.exists()
-    with naming(folder / WEIGHTS_NAME), _staging(folder if exists else folder.parent, folder.name) as stage:
+    place = folder if exists else folder.parent
+    with naming(folder), naming(folder / WEIGHTS_NAME), _staging(place, folder.name) as stage:
         try:
             save_file(tensors, stage / WEIGHTS_NAME, metadata=metadata)
         except SafetensorError as error:  # a full disk is one, too

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cprec import checkpoint
+from cprec.files import naming
 from cprec.model import NextItNet
 from cprec.ranking import popularity_scores, top_items
 from cprec.serving_io import refuse_string
@@ -69,7 +70,7 @@ class ExportedModel:
             exclude_seen: never recommend an item of the history.
             candidates: raw ids of the only items allowed.
             storage: "float32", "float16", "bfloat16" or "int8" searches an index of that format on the CPU, which the first
-                call builds: for a server, whose calls of one history take a half to a third of the time. The same items.
+                call builds: for a server, whose calls of one history take about half of the time. The same items.
 
         Raises:
             ValueError: k below 1, no candidate is known, or an unknown storage.
@@ -199,20 +200,21 @@ def export(
     place.parent.mkdir(parents=True, exist_ok=True)
     stage = place.parent / f".{place.name}.{uuid4().hex}.tmp"
     try:
-        checkpoint.save(
-            stage,
-            model,
-            extra={
-                "export": {"length": run.training.length},
-                "data": {"name": run.data_name, "fingerprint": run.data_fingerprint},
-            },
-        )
-        names = catalogue.decode(range(catalogue.num_items))
-        with (stage / ITEMS_NAME).open("w", encoding="utf-8", newline="\n") as file:
-            for name, count in zip(names, catalogue.counts.tolist(), strict=True):
-                file.write(json.dumps([name, count], ensure_ascii=False) + "\n")
-        (stage / README_NAME).write_text(README, encoding="utf-8")
-        _swap(stage, place)
+        with naming(place):
+            checkpoint.save(
+                stage,
+                model,
+                extra={
+                    "export": {"length": run.training.length},
+                    "data": {"name": run.data_name, "fingerprint": run.data_fingerprint},
+                },
+            )
+            names = catalogue.decode(range(catalogue.num_items))
+            with (stage / ITEMS_NAME).open("w", encoding="utf-8", newline="\n") as file:
+                for name, count in zip(names, catalogue.counts.tolist(), strict=True):
+                    file.write(json.dumps([name, count], ensure_ascii=False) + "\n")
+            (stage / README_NAME).write_text(README, encoding="utf-8")
+            _swap(stage, place)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return out

@@ -14,11 +14,11 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Within, an OSError that names no file, as a full disk's does, becomes one that names ``path``."""
+    """Within, an OSError becomes one that names ``path`` if it names a temporary of it, or no file, as a full disk's does."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None and f".{path.name}." not in str(error.filename):
             raise
         if error.errno is None:  # numpy's and safetensors' say what they did, not where
             raise OSError(f"{path}: cannot be written whole ({error}); is the disk full?") from error
@@ -36,10 +36,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield stream
         return
     path = path.resolve()
-    try:
+    with naming(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:  # it would name the temporary
-        raise OSError(error.errno, error.strerror, str(path)) from None
     temporary = Path(name)
     try:
         with naming(path), os.fdopen(handle, "wb") as stream:

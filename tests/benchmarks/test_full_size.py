@@ -24,25 +24,60 @@ def fake_roofs():
     return Roofs(measure=lambda isa, threads, quick: Roof(isa, threads, 100.0, 200.0, 10.0, ((1 << 24, 20.0),)))
 
 
-def test_fp64_is_asked_of_the_rows_that_differ():
-    """Ours that is wrong beyond the first rows is not acquitted by these."""
+def differing(provider, name, change, call=None):
+    """A provider whose summary, or call, is another one from 3000 items on, which the gate's smaller case has not."""
+
+    def prepare(problem):
+        prepared = provider.prepare(problem)
+        if problem.setting.case.num_items < 3000:
+            return prepared
+        if call is not None:
+            prepared = dataclasses.replace(prepared, call=call(prepared))
+        return dataclasses.replace(prepared, summary=lambda: prepared.summary() | change(prepared.summary()))
+
+    return dataclasses.replace(provider, name=name, prepare=prepare)
+
+
+def run_full_size(op, providers, tokens="t64"):
+    setting = Setting(op.name, Case.parse(f"3k-d32-{tokens}"), op.modes[0])
+    return run_setting(op, setting, providers, FAST, fake_roofs(), HERE)
+
+
+def test_a_loss_that_is_wrong_at_full_size_only_gets_no_time():
+    op = get_op("clustered_softmax")
+    wrong = differing(op.provider("reference"), "cprec-overflow", lambda right: {"loss": right["loss"] * 1.01})
+    rows = run_full_size(op, [wrong, op.provider("torch-adaptive")])
+    assert rows[0].correct is False
+    assert "loss at full size differs from that of torch-adaptive" in rows[0].error
+    assert rows[1].median_ms is not None
+
+
+def test_fp64_decides_who_is_off_at_full_size():
+    """A peer that loses digits in long sums keeps its time, with the error beside it; ours would not."""
     op = get_op("clustered_softmax")
     good = op.provider("reference")
 
-    def prepare(problem):
-        prepared = good.prepare(problem)
+    def off(right):
+        return {"d_input": right["d_input"] * 1.01}
 
-        def summary():
-            found = dict(prepared.summary())
-            found["d_input"] = found["d_input"].clone()
-            found["d_input"][50:52] = 0
-            return found
+    rows = run_full_size(op, [good, differing(good, "torch-adaptive", off)])
+    assert rows[0].correct
+    assert rows[0].median_ms is not None
+    assert "d_input at full size is off by 1.0e-02 against fp64" in rows[1].note
+    rows = run_full_size(op, [differing(good, "cprec-overflow", off), op.provider("torch-adaptive")])
+    assert rows[0].correct is False
+    assert "against fp64" in rows[0].error
 
-        return prepared if problem.setting.case.num_items < 3000 else dataclasses.replace(prepared, summary=summary)
 
-    setting = Setting(op.name, Case("3k-d32-t64", 3000, 32, 64), "fwd_bwd")
-    ours = dataclasses.replace(good, name="cprec-overflow", prepare=prepare)
-    rows = run_setting(op, setting, [ours, op.provider("torch-adaptive")], FAST, fake_roofs(), HERE)
+def test_fp64_is_asked_of_the_rows_that_differ():
+    """Ours that is wrong beyond the first rows is not acquitted by these."""
+    op = get_op("clustered_softmax")
+
+    def off(right):
+        return {"d_input": right["d_input"].index_fill(0, torch.tensor([50, 51]), 0.0)}
+
+    wrong = differing(op.provider("reference"), "cprec-overflow", off)
+    rows = run_full_size(op, [wrong, op.provider("torch-adaptive")])
     assert rows[0].correct is False
     assert rows[1].median_ms is not None
 
@@ -61,20 +96,15 @@ def test_right_scores_of_wrong_items_do_not_pass_at_full_size():
         return bench_clustered_topk.prepare_search(search, "float32", own=own)
 
     wrong = dataclasses.replace(op.provider("reference"), name="cprec-overflow", prepare=prepare)
-    setting = Setting(op.name, Case("3k-d32-b8", 3000, 32, 8), "fwd")
-    rows = run_setting(op, setting, [wrong, op.provider("torch-adaptive")], FAST, fake_roofs(), HERE)
+    rows = run_full_size(op, [wrong, op.provider("torch-adaptive")], "b8")
     assert "scores of the items at full size differs from that of torch-adaptive" in rows[0].error
     assert rows[1].median_ms is not None
 
 
 def test_a_step_that_does_not_step_is_noticed_at_full_size():
     op = get_op("train_step")
-    good = op.provider("torch-adam")
 
-    def prepare(problem):
-        prepared = good.prepare(problem)
-        if problem.setting.case.num_items < 3000:
-            return prepared
+    def without_step(prepared):
         weights = [leaf.detach().clone() for leaf in prepared.leaves]
 
         def call():
@@ -83,9 +113,8 @@ def test_a_step_that_does_not_step_is_noticed_at_full_size():
                 for leaf, before in zip(prepared.leaves, weights, strict=True):
                     leaf.copy_(before)
 
-        return dataclasses.replace(prepared, call=call)
+        return call
 
-    idle = dataclasses.replace(good, name="cprec-overflow", prepare=prepare)
-    setting = Setting(op.name, Case("3k-d32-t64", 3000, 32, 64), "step")
-    rows = run_setting(op, setting, [idle, op.provider("torch-fused-adam")], FAST, fake_roofs(), HERE)
+    idle = differing(op.provider("torch-adam"), "cprec-overflow", lambda right: {}, without_step)
+    rows = run_full_size(op, [idle, op.provider("torch-fused-adam")])
     assert "loss_after at full size differs from that of torch-fused-adam" in rows[0].error

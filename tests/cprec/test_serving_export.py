@@ -14,6 +14,7 @@ import torch
 from cprec import checkpoint
 from cprec.data import PreparedData, prepare
 from cprec.exported import export, load
+from cprec.files import atomic_write
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.run_folder import RunConfig, RunFolder
 from cprec.serving import recommend
@@ -213,3 +214,25 @@ def test_a_run_without_weights_cannot_be_exported(data, tmp_path):
         export(folder.path, tmp_path / "model")
     assert not (tmp_path / "model").exists()
     assert RunConfig.read(folder.path).training == TrainingConfig()
+
+
+def test_a_place_that_cannot_be_written_to_is_named_and_not_its_temporary(run, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError) as failed, atomic_write(tmp_path / "nowhere" / "top.json"):
+        pass
+    assert failed.value.filename == str(tmp_path / "nowhere" / "top.json")
+    mkdir = Path.mkdir
+
+    def refuse(path, *arguments, **options):
+        if path.name.startswith("."):
+            raise PermissionError(13, "Permission denied", str(path))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError) as failed:
+        export(run, tmp_path / "model")
+    assert failed.value.filename == str(tmp_path / "model")
+    (tmp_path / "log.txt").write_text("a b c d e\nb c a\nc a b d\n")
+    with pytest.raises(PermissionError) as failed:
+        prepare(tmp_path / "log.txt", tmp_path / "data")
+    assert failed.value.filename == str(tmp_path / "data")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"log.txt"}

@@ -100,9 +100,9 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     check_target(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = _sibling(out)
-    work.mkdir()
     try:
         with naming(out):
+            work.mkdir()
             yield work
         check_target(out, overwrite)
         if out.exists() and any(out.iterdir()):

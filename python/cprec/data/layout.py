@@ -40,13 +40,6 @@ _DATE_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f%z", "%Y-%m-%d %H:
 _SEPARATORS = ("\t", ",", ";", "|", " ")
 _TABLE_LINES = 4  # as wide as each other they are a table; fewer, where their columns also differ in kind
 
-# what is read of formats that leave no choice, see Layout.roles
-_RATINGS_ROLES: dict[str, str | None] = {"user": "field 1", "item": "field 2", "time": "field 4"}
-USUAL_ROLES: dict[str, dict[str, str | None]] = {
-    "sequences": {"user": "the line's number", "item": "its fields"},
-    **dict.fromkeys(("ml-1m", "ml-100k", "amazon"), _RATINGS_ROLES),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -78,7 +71,7 @@ class Layout:
     def roles(self) -> dict[str, str | None]:
         """What is read as user, item and time: names of columns or ``field 1``; ``sequences`` have no time to name."""
         if self.format == "sequences":
-            return USUAL_ROLES["sequences"]
+            return {"user": "the line's number", "item": "its fields"}
         names = self.columns or [f"field {place}" for place in range(1, self.fields + 1)]
         places = {"user": self.user, "item": self.item, "time": self.time}
         return {role: None if place is None else names[place] for role, place in places.items()}

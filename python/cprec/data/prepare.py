@@ -14,7 +14,6 @@ import polars as pl
 from .catalogue import Catalogue, write_ids
 from .errors import DataError, Progress, no_progress
 from .files import MARKER, META, check_target, digest, fingerprint, new_folder
-from .layout import USUAL_ROLES
 from .readers import Ids, Interactions, scan_interactions
 from .sequences import FILES, ITEMS, OFFSETS, TEST, TRAIN_ENDS, USERS, VALID, VERSION, IntArray, PreparedData
 from .splits import check_fractions, make_split
@@ -106,10 +105,7 @@ def prepare(
     tell("checking the file", 1, _STEPS)
     interactions.check()
     coded = _encode(interactions, tell, min_item_count, min_sequence_length, keep_times=split == "time")
-    origin: dict[str, Any] = {"name": source.name, "bytes": before[0], "sha256": digest(source)}
-    roles = interactions.layout.roles
-    if roles != USUAL_ROLES.get(interactions.format):
-        origin["columns"] = roles
+    origin = {"name": source.name, "bytes": before[0], "sha256": digest(source), "columns": interactions.layout.roles}
     if _identity(source) != before:
         raise DataError("the file changed while it was read; nothing was written", source)
     return write_prepared(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .layout import USUAL_ROLES
 from .sequences import PreparedData
 
 
@@ -69,7 +68,6 @@ def summarise(data: PreparedData) -> PreparedSummary:
     shares = tuple((top, float(reached[max(1, round(top * data.num_items)) - 1])) for top in (0.01, 0.05, 0.2))
     least, low, middle, high, most = np.quantile(data.sequences.lengths, [0, 0.25, 0.5, 0.75, 1], method="nearest")
     source, split = data.meta["source"], options["split"]
-    usual = USUAL_ROLES.get(options["format"], {}) if "sha256" in source else {}
     if split != "leave-one-out":
         split += (
             f" (valid {options['valid_fraction']:.0%}, test {options['test_fraction']:.0%}, seed {options['seed']})"
@@ -91,5 +89,5 @@ def summarise(data: PreparedData) -> PreparedSummary:
         length_quartiles=(int(least), int(low), int(middle), int(high), int(most)),
         head_shares=shares,
         notes=tuple(data.meta["notes"]),
-        columns=_columns(source.get("columns") or usual),
+        columns=_columns(source.get("columns", {})),
     )
