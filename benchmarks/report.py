@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.plots import plot
 from benchmarks.registry import get_op
 from benchmarks.results import Row, Run, fill_ratios, group, read_run, write_text
-from benchmarks.table import markdown, markdown_table, number, provenance
+from benchmarks.table import markdown, markdown_table, number, software
 
 INTRODUCTION = """\
 # Performance
@@ -21,7 +21,7 @@ Every number below was measured by `benchmarks/` and written by `python -m bench
 interleaved in one process, and only after their outputs passed the comparison with fp64. Times are wall time per call in
 milliseconds, median with the 20th and 80th percentile; set-up and dropping old gradients are not timed. Speed-up is the
 baseline's median over the row's. "Of roof" is the least time that the op's model of products, exponentials and memory
-traffic allows on this machine, over the median; a search that skips work which the model counts can exceed it.
+traffic allows on that machine, over the median; a search that skips work which the model counts can exceed it.
 Memory is that of one call in a process of its own, beyond inputs and weights; "extra" leaves out the gradients that the
 call returns. "WRONG" rows failed the comparison and are not timed. Peers need to compute the same function, and a remark
 says where they are less exact; ours are held to the project's tolerance rule. Only rows that end in "-approx" promise no
@@ -34,17 +34,30 @@ to the search on the weights themselves.
 def merge(runs: Sequence[Run]) -> Run:
     """One run out of several. Of rows for the same setting and provider the last counts, whole settings at a time."""
     rows: dict[tuple[Any, ...], list[Row]] = {}
-    roofs: dict[tuple[Any, ...], dict[str, Any]] = {}
+    roofs: dict[tuple[str, str, int], dict[str, Any]] = {}
     for run in runs:
         for members in group(run.rows):
             key = members[0].setting_key()
             # Ratios are formed within one interleaved run only: rows of another run do not fill its gaps.
             rows.pop(key, None)
             rows[key] = members
-        roofs |= {(roof["isa"], roof["threads"]): roof for roof in run.roofs}
+        for roof in _located(run):
+            roofs[roof["machine"], roof["isa"], roof["threads"]] = roof
     merged = [row for members in rows.values() for row in members]
     fill_ratios(merged)
     return Run([roofs[key] for key in sorted(roofs)], merged)
+
+
+def _located(run: Run) -> list[dict[str, Any]]:
+    """The run's roofs with their machines: older files name none, and then it is that of the rows, if they have but one."""
+    machines = {row.machine for row in run.rows}
+    default = {"machine": machines.pop()} if len(machines) == 1 else {}
+    return [located for roof in run.roofs if "machine" in (located := default | roof)]
+
+
+def machine_names(rows: Iterable[Row]) -> dict[str, str]:
+    """Machines by the letters that stand for them, in the order in which rows name them: A, B, C."""
+    return {machine: chr(ord("A") + index) for index, machine in enumerate(dict.fromkeys(row.machine for row in rows))}
 
 
 def _is_ours(row: Row) -> bool:
@@ -58,6 +71,7 @@ def _timed(rows: Sequence[Row]) -> list[tuple[float, Row]]:
 
 def summary(rows: Sequence[Row]) -> str:
     """Our fastest row of every setting against its baseline."""
+    names = machine_names(rows)
     body = []
     for members in group(rows):
         ours = [pair for pair in _timed(members) if _is_ours(pair[1])]
@@ -66,13 +80,15 @@ def summary(rows: Sequence[Row]) -> str:
         _, best = min(ours, key=lambda pair: pair[0])
         roof = "" if best.roofline_fraction is None else f"{100 * best.roofline_fraction:.0f}%"
         ratio = "" if best.ratio_to_baseline is None else f"{number(best.ratio_to_baseline)}x"
-        body.append((best.setting_label(), best.provider, number(best.median_ms), ratio, best.baseline, roof))
-    header = ("setting", "our fastest", "median ms", "speed-up", "over", "of roof")
-    return markdown_table(header, body, (2, 3, 5)) if body else "No row of ours was timed."
+        name = names[best.machine]
+        body.append((best.setting_label(), name, best.provider, number(best.median_ms), ratio, best.baseline, roof))
+    header = ("setting", "machine", "our fastest", "median ms", "speed-up", "over", "of roof")
+    return markdown_table(header, body, (3, 4, 6)) if body else "No row of ours was timed."
 
 
 def losses(rows: Sequence[Row]) -> str:
     """Every setting in which a correct provider that is not ours was faster than our fastest."""
+    names = machine_names(rows)
     lines = []
     for members in group(rows):
         timed = _timed(members)
@@ -83,46 +99,43 @@ def losses(rows: Sequence[Row]) -> str:
         for median_ms, row in timed:
             if not _is_ours(row) and median_ms < best_ms:
                 lines.append(
-                    f"- {row.setting_label()}: {row.provider} takes {number(median_ms)} ms, {best.provider} {number(best_ms)} ms"
+                    f"- {row.setting_label()}, machine {names[row.machine]}: {row.provider} takes {number(median_ms)} ms, "
+                    f"{best.provider} {number(best_ms)} ms"
                 )
     return "\n".join(lines) if lines else "In no setting above."
 
 
 def scaling(rows: Sequence[Row]) -> str:
     """How much faster rows get with more threads, where the same row was timed with one; "" without such rows."""
+    names = machine_names(rows)
     single = {_without_threads(row): row.median_ms for row in rows if row.threads == 1}
     body = []
     for row in rows:
         alone = single.get(_without_threads(row))
         if row.threads > 1 and row.median_ms is not None and alone is not None:
             setting = f"{row.op} {row.case}, {row.mode}, {row.targets}, {row.dtype}"
-            body.append((setting, row.provider, str(row.threads), f"{number(alone / row.median_ms)}x"))
-    return markdown_table(("setting", "provider", "threads", "faster than one thread"), body, (2, 3)) if body else ""
+            faster = f"{number(alone / row.median_ms)}x"
+            body.append((setting, names[row.machine], row.provider, str(row.threads), faster))
+    header = ("setting", "machine", "provider", "threads", "faster than one thread")
+    return markdown_table(header, body, (3, 4)) if body else ""
 
 
 def _without_threads(row: Row) -> tuple[str, ...]:
     return row.op, row.case, row.mode, row.targets, row.device, row.dtype, row.machine, row.provider
 
 
-def roofs_table(roofs: Sequence[dict[str, Any]]) -> str:
-    """The measured roofs."""
+def roofs_table(roofs: Sequence[dict[str, Any]], names: Mapping[str, str]) -> str:
+    """The measured roofs; ``names`` has the machines' letters."""
     if not roofs:
         return "Not measured: there were no native kernels."
     sizes = [size for size, _ in roofs[0]["read_gbps"]]
-    header = ["instruction set", "threads", "FMA GFLOP/s", "bf16 GFLOP/s", "exp G/s"]
+    header = ["machine", "instruction set", "threads", "FMA GFLOP/s", "bf16 GFLOP/s", "exp G/s"]
     header += [f"read {size / (1 << 20):g} MiB, GB/s" for size in sizes]
-    body = [
-        [
-            roof["isa"],
-            str(roof["threads"]),
-            number(roof["fma_gflops"]),
-            number(roof["bf16_gflops"]),
-            number(roof["exp_gexps"]),
-        ]
-        + [number(rate) for _, rate in roof["read_gbps"]]
-        for roof in roofs
-    ]
-    return markdown_table(header, body, range(1, len(header)))
+    body = []
+    for roof in sorted(roofs, key=lambda roof: (names[roof["machine"]], roof["isa"], roof["threads"])):
+        rates = [roof["fma_gflops"], roof["bf16_gflops"], roof["exp_gexps"], *(rate for _, rate in roof["read_gbps"])]
+        body.append([names[roof["machine"]], roof["isa"], str(roof["threads"]), *map(number, rates)])
+    return markdown_table(header, body, range(2, len(header)))
 
 
 def _combinations(rows: Iterable[Row]) -> list[tuple[tuple[str, str, str, int], list[Row]]]:
@@ -133,9 +146,19 @@ def _combinations(rows: Iterable[Row]) -> list[tuple[tuple[str, str, str, int], 
     return list(found.items())
 
 
+def machines(rows: Sequence[Row]) -> str:
+    """What the letters stand for, and what was timed where, with which software."""
+    lines = []
+    for machine, name in machine_names(rows).items():
+        lines.append(f"- **{name}**: {machine}")
+        lines += [f"    - {line}" for line in software(row for row in rows if row.machine == machine)]
+    return "\n".join(lines)
+
+
 def page(run: Run, page_path: Path, images: Path) -> str:
     """The text of the page; writes its plots into ``images``."""
-    parts = [INTRODUCTION, "\n".join(f"Machine: {line}." for line in provenance(run.rows)), ""]
+    names = machine_names(run.rows)
+    parts = [INTRODUCTION, "## Machines", "", machines(run.rows), ""]
     parts += ["## Our fastest row per setting", "", summary(run.rows), ""]
     parts += ["## Where something else is faster", "", losses(run.rows), ""]
     for op_name in dict.fromkeys(row.op for row in run.rows):
@@ -149,11 +172,13 @@ def page(run: Run, page_path: Path, images: Path) -> str:
                 plot(members, images / name, title)
                 parts += [f"![{title}]({(images / name).relative_to(page_path.parent).as_posix()})", ""]
             for setting in group(members):
-                parts += [f"**{setting[0].case}**", "", markdown(setting), ""]
+                first = setting[0]
+                where = f"machine {names[first.machine]}, commit {first.commit or 'unknown'}, {first.date}"
+                parts += [f"**{first.case}** ({where})", "", markdown(setting), ""]
     threads_table = scaling(run.rows)
     if threads_table:
         parts += ["## Threads", "", threads_table, ""]
-    parts += ["## Roofs of the machine", "", roofs_table(run.roofs), ""]
+    parts += ["## Roofs of the machines", "", roofs_table(run.roofs, names), ""]
     return "\n".join(parts)
 
 

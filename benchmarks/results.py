@@ -72,7 +72,7 @@ class Row:
 
 @dataclasses.dataclass
 class Run:
-    """What one run measured. roofs: as :meth:`benchmarks.roofline.Roof.to_dict`."""
+    """What one run measured. roofs: as :meth:`benchmarks.roofline.Roof.to_dict`, with the "machine" of each."""
 
     roofs: list[dict[str, Any]]
     rows: list[Row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from benchmarks import machine, memory, verify
 from benchmarks.registry import Op, Prepared, Provider, Setting
@@ -238,17 +239,21 @@ def run(
     """
     provenance = Provenance.here()
     roofs = Roofs(options.quick_roofs)
+
+    def located() -> list[dict[str, Any]]:
+        return [{"machine": provenance.machine, **roof} for roof in roofs.to_list()]
+
     if jobs:
         on_setting(0, jobs[0][1], "measuring the machine's roofs", 0.0)
     isas = {provider.isa for _, setting, providers in jobs for provider in providers if not provider.missing(setting)}
     roofs.prepare(isas, sorted({setting.threads for _, setting, _ in jobs}))
-    finished = Run(roofs.to_list(), [])
+    finished = Run(located(), [])
     for index, (op, setting, providers) in enumerate(jobs):
 
         def progress(doing: str, share: float, index: int = index, setting: Setting = setting) -> None:
             on_setting(index, setting, doing, share)
 
         finished.rows += run_setting(op, setting, providers, options, roofs, provenance, progress)
-        finished.roofs = roofs.to_list()
+        finished.roofs = located()
         on_rows(finished)
     return finished

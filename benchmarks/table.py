@@ -69,13 +69,19 @@ def main_baseline(rows: Sequence[Row]) -> str:
     return max(dict.fromkeys(names), key=names.count)
 
 
-def provenance(rows: Iterable[Row]) -> list[str]:
-    """One line per distinct machine, versions, commit and day."""
+def software(rows: Iterable[Row]) -> list[str]:
+    """One line per distinct versions, commit and day."""
     lines = []
     for row in rows:
         versions = ", ".join(f"{name} {version}" for name, version in row.versions.items())
-        lines.append(f"{row.machine}; {versions}; commit {row.commit or 'unknown'}, {row.date}")
+        lines.append(f"{versions}; commit {row.commit or 'unknown'}, {row.date}")
     return list(dict.fromkeys(lines))
+
+
+def provenance(rows: Sequence[Row]) -> list[str]:
+    """One line per distinct machine, versions, commit and day."""
+    machines = dict.fromkeys(row.machine for row in rows)
+    return [f"{name}; {line}" for name in machines for line in software(row for row in rows if row.machine == name)]
 
 
 def render(rows: Sequence[Row]) -> list[RenderableType]:

@@ -15,7 +15,7 @@ from benchmarks.cli import main
 from benchmarks.errors import BenchmarkError
 from benchmarks.plots import plot
 from benchmarks.report import losses, merge, write_report
-from benchmarks.results import Row, Run, write_run
+from benchmarks.results import Row, Run, read_run, write_run
 from benchmarks.table import number
 from cprec_kernels import available_cpu_isas
 
@@ -69,6 +69,7 @@ def test_a_run_leaves_json_plot_and_table(result, tmp_path, capfd):
         assert wanted <= set(row)
         assert row["correct"] is True
     assert {roof["threads"] for roof in values["roofs"]} == {1}
+    assert {roof["machine"] for roof in values["roofs"]} == {values["rows"][0]["machine"]}
     assert png_size(tmp_path / "run.png")[0] > 1000
     out, _ = call(capfd, "table", result)
     assert out.count("baseline") == 2
@@ -127,6 +128,34 @@ def test_of_two_files_the_later_setting_counts_whole():
     (kept,) = merge([old, new]).rows
     assert kept.median_ms == 3.0
     assert kept.ratio_to_baseline is None, "a ratio must not span two runs"
+
+
+def test_the_page_says_which_machine_a_row_and_a_roof_are_of(tmp_path):
+    def roof(isa, gflops, **machine):
+        rates = {"fma_gflops": gflops, "bf16_gflops": 2.0, "exp_gexps": 3.0, "read_gbps": [[1 << 20, 4.0]]}
+        return {"isa": isa, "threads": 1, **rates, **machine}
+
+    slow = [row("cprec-avx2", 9.0, machine="slow one"), row("torch-adaptive", 18.0, machine="slow one")]
+    fast = [row("cprec-avx2", 1.0, machine="fast one"), row("torch-adaptive", 0.5, machine="fast one")]
+    runs = [
+        Run([roof("avx2", 11.0)], slow),  # as older files have them: of the machine of the rows
+        Run([roof("avx2", 22.0, machine="fast one")], fast),
+        Run([roof("avx512", 33.0)], [slow[0], fast[0]]),  # nobody knows whose
+    ]
+    sources = [tmp_path / f"{index}.json" for index in range(3)]
+    for source, run in zip(sources, runs, strict=True):
+        write_run(source, run)
+    write_report(sources[:2], tmp_path / "performance.md", tmp_path / "images")
+    text = (tmp_path / "performance.md").read_text()
+    assert "- **A**: slow one\n    - torch 2; commit abc, 2000-01-01\n- **B**: fast one\n" in text
+    setting = "clustered_softmax 1m-d128-t512, fwd_bwd, zipf, float32, 1 thread"
+    assert f"| {setting} | A | cprec-avx2 | 9.00 | 2.00x |" in text
+    assert f"| {setting} | B | cprec-avx2 | 1.00 | 0.500x |" in text
+    assert f"- {setting}, machine B: torch-adaptive takes 0.500 ms, cprec-avx2 1.00 ms" in text
+    assert "**1m-d128-t512** (machine A, commit abc, 2000-01-01)" in text
+    assert "| A | avx2 | 1 | 11.0 |" in text
+    assert "| B | avx2 | 1 | 22.0 |" in text
+    assert all(roof["isa"] == "avx2" for roof in merge(list(map(read_run, sources))).roofs)
 
 
 def test_a_plot_needs_a_timed_row(tmp_path):
