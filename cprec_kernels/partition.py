@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +27,12 @@ def as_int(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+
+
+def _integers(values: Iterable[Any], name: str) -> tuple[int, ...]:
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise TypeError(f"{name} must be a sequence of integers, got {values!r}")
+    return tuple(as_int(value, f"{name}[{i}]") for i, value in enumerate(values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +65,7 @@ class Partition:
     def __init__(self, num_items: int, cutoffs: Sequence[int], ranks: Sequence[int], embedding_dim: int) -> None:
         num_items = as_int(num_items, "num_items")
         embedding_dim = as_int(embedding_dim, "embedding_dim")
-        cutoffs = tuple(as_int(cutoff, f"cutoffs[{i}]") for i, cutoff in enumerate(cutoffs))
-        ranks = tuple(as_int(rank, f"ranks[{j}]") for j, rank in enumerate(ranks))
+        cutoffs, ranks = _integers(cutoffs, "cutoffs"), _integers(ranks, "ranks")
         if num_items < 1:
             raise ValueError(f"num_items must be at least 1, got {num_items}")
         if embedding_dim < 1:

@@ -73,6 +73,8 @@ def test_numpy_integers_are_integers():
         ((10.0, [], [4], 4), TypeError, "num_items must be an integer, got 10.0"),
         ((10, ["3"], [4, 2], 4), TypeError, r"cutoffs\[0\] must be an integer, got '3'"),
         ((10, [3], [True, 1], 4), TypeError, r"ranks\[0\] must be an integer, got the bool True"),
+        ((10, 3, [4, 2], 4), TypeError, "cutoffs must be a sequence of integers, got 3"),
+        ((10, [3], "42", 4), TypeError, "ranks must be a sequence of integers, got '42'"),
     ],
 )
 def test_bad_values_are_named(arguments, error, message):

@@ -173,15 +173,20 @@ def find_table(model: nn.Module, count: int, name: str | None) -> tuple[str, nn.
     """The item table: an ``nn.Embedding`` with one row per count, by name or the only one.
 
     Raises:
-        TypeError: the named module is not an nn.Embedding.
+        TypeError: the model is no module, the named one not an nn.Embedding.
         ValueError: none, several, or one whose behaviour blocks do not have.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     tables = {found: module for found, module in model.named_modules() if isinstance(module, nn.Embedding)}
     if name is None:
         fitting = [found for found, module in tables.items() if module.num_embeddings == count]
         if len(fitting) != 1:
             sizes = ", ".join(f"{found} ({module.num_embeddings})" for found, module in tables.items()) or "none"
             hint = "name the item table with table=" if fitting else "counts has one entry per row of the item table"
+            done = [found for found, module in model.named_modules() if isinstance(module, ReindexedEmbedding)]
+            if done and not fitting:
+                hint = f"{done[0]} is compressed already, and a model is compressed from its uncompressed form"
             raise ValueError(
                 f"{len(fitting)} embeddings have {count} rows, as many as counts; there are {sizes}: {hint}"
             )

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..ops._library import check_ids, check_integers
+from ..ops._library import check_ids, check_integers, check_tensor
 from ..ops.clustered_topk import Exclude
 from .block_embedding import BlockEmbedding
 from .catalogue import ChangingCatalogue
@@ -187,6 +187,7 @@ class ReindexedSoftmax(HoldsPermutations):
 
     def _targets(self, target: Tensor) -> Tensor:
         """Classes as items; classes that are none, and ``ignore_index``, as ignored."""
+        check_tensor(target, "target")
         ignored = self.softmax.ignore_index
         known = target != ignored
         items = _looked_up(self.items, torch.where(known, target, 0), "target")
@@ -262,6 +263,7 @@ class ReindexedSoftmax(HoldsPermutations):
 
 def _looked_up(items: Tensor, ids: Tensor, name: str) -> Tensor:
     """items[ids]. Raises IndexError, TypeError or ValueError for ids that are none, in the caller's own numbers."""
+    check_tensor(ids, name)
     check_integers(ids, name)
     if ids.device != items.device:
         raise ValueError(f"{name} is on {ids.device}, the module on {items.device}: move one of them")

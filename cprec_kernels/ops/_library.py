@@ -310,15 +310,24 @@ def check_same_kind(tensors: Sequence[Tensor], name: str) -> None:
         )
 
 
+def check_tensor(value: object, name: str) -> None:
+    """Raise TypeError for lists, arrays and numbers, which the dispatcher refuses in words of its own."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one")
+
+
 def as_rows(input: Tensor) -> Tensor:
     """Input (..., d) as (rows, d)."""
+    check_tensor(input, "input")
     if input.dim() < 1:
         raise ValueError("input must be (..., d), got a scalar")
     return input.reshape(-1, input.shape[-1])
 
 
 def check_leading(tensor: Tensor, input: Tensor, name: str, extra: int) -> None:
-    """Raise ValueError unless ``tensor`` has input's leading dimensions, and ``extra`` more."""
+    """Raise TypeError or ValueError unless ``tensor`` has input's leading dimensions, and ``extra`` more."""
+    check_tensor(input, "input")
+    check_tensor(tensor, name)
     # A plain branch, not torch._check_value: this runs under Dynamo, which takes no closure over tensors.
     if tensor.dim() != input.dim() - 1 + extra or tensor.shape[: tensor.dim() - extra] != input.shape[:-1]:
         wanted = (*input.shape[:-1], *["c"] * extra)

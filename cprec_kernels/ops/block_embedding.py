@@ -17,6 +17,7 @@ from ._library import (
     check_factors,
     check_ids,
     check_integers,
+    check_tensor,
     define,
     fake,
     gradients_in_place,
@@ -296,10 +297,11 @@ def block_embedding(
 
     Raises:
         IndexError: an id out of range, with its place.
-        TypeError: ids not int64, tables of mixed or non-floating dtype.
+        TypeError: ids no tensor or not int64, tables of mixed or non-floating dtype.
         RuntimeError: in forward mode, which has no rule.
         ValueError: shapes that do not fit together, tensors on several devices.
     """
+    check_tensor(ids, "ids")
     refuse_tangents("block_embedding", embeddings, projections)
     out: Tensor = torch.ops.cprec.block_embedding(ids, list(embeddings), list(projections), padding_idx, sparse)
     return out

@@ -19,6 +19,7 @@ from ._library import (
     check_integers,
     check_leading,
     check_rows,
+    check_tensor,
     define,
     fake,
     implement,
@@ -171,11 +172,13 @@ autocast(RANK, _autocast)
 Exclude = Tensor | tuple[Tensor, Tensor]
 
 
-def choice_of_rows(input: Tensor, k: int, exclude: Exclude | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def choice_of_rows(
+    input: Tensor, k: int, exclude: Exclude | None, candidates: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows (T, d) of an input (..., d), the exclusions as the ops take them, and their offsets.
 
     Raises:
-        TypeError: k not an int, exclude neither a tensor nor a pair.
+        TypeError: k not an int, exclude neither a tensor nor a pair of tensors, input or candidates no tensor.
         ValueError: padded exclusions that do not go with the input.
     """
     if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
@@ -185,6 +188,8 @@ def choice_of_rows(input: Tensor, k: int, exclude: Exclude | None) -> tuple[Tens
         raise TypeError(
             "exclude must be an int64 tensor (..., m), negative entries skipped, or a pair (offsets, items)"
         )
+    if candidates is not None:
+        check_tensor(candidates, "candidates")
     rows = as_rows(input)
     if isinstance(exclude, Tensor):
         check_leading(exclude, input, "exclude", 1)
@@ -193,6 +198,8 @@ def choice_of_rows(input: Tensor, k: int, exclude: Exclude | None) -> tuple[Tens
     if exclude is None:
         return rows, None, None
     offsets, items = exclude
+    check_tensor(offsets, "offsets of exclude")
+    check_tensor(items, "items of exclude")
     return rows, items, offsets
 
 
@@ -221,11 +228,11 @@ def clustered_topk(
 
     Raises:
         IndexError: an excluded or candidate item out of range.
-        TypeError: k not an int, exclude neither a tensor nor a pair, ids not int64, mixed dtypes.
+        TypeError: k not an int, exclude neither a tensor nor a pair, no tensors, ids not int64, mixed dtypes.
         ValueError: k out of range, shapes that do not fit; on the CPU also NaN or inf in the input and NaN scores. On
             a device, which is not waited for, an item whose score is NaN is not found.
     """
-    rows, excluded, offsets = choice_of_rows(input, k, exclude)
+    rows, excluded, offsets = choice_of_rows(input, k, exclude, candidates)
     with torch.no_grad():
         scores, items = torch.ops.cprec.clustered_topk(rows, k, *weights.args(), excluded, offsets, candidates)
     shape = (*input.shape[:-1], k)
@@ -248,7 +255,7 @@ def clustered_rank(input: Tensor, target: Tensor, weights: Weights) -> Tensor:
 
     Raises:
         IndexError: a target out of range, with its place.
-        TypeError: target not int64, mixed dtypes.
+        TypeError: no tensors, target not int64, mixed dtypes.
         ValueError: shapes that do not fit together; on the CPU also NaN or inf in the input and NaN scores. On a
             device, which is not waited for, an item whose score is NaN comes last.
     """

@@ -293,7 +293,7 @@ def topk_index(
         TypeError: k not an int, exclude neither a tensor nor a pair, ids not int64, an input of another dtype.
         ValueError: k out of range, shapes that do not fit, NaN or inf in the input, NaN scores.
     """
-    rows, excluded, offsets = choice_of_rows(input, k, exclude)
+    rows, excluded, offsets = choice_of_rows(input, k, exclude, candidates)
     with torch.no_grad():
         found = torch.ops.cprec.topk_index(rows, k, *arrays.args(), excluded, offsets, candidates, early_termination)
     return _with_leading(found, input)
@@ -331,7 +331,7 @@ class CheckedIndex:
             return topk_index(
                 input, k, self.arrays, exclude=exclude, candidates=candidates, early_termination=early_termination
             )
-        rows, excluded, offsets = choice_of_rows(input, k, exclude)
+        rows, excluded, offsets = choice_of_rows(input, k, exclude, candidates)
         # The plain query of a server: what would be checked, without the calls that word a complaint.
         fits = rows.dtype in NATIVE_DTYPES and rows.shape[1] == self._width and 0 <= k <= self._num_items
         if not fits or excluded is not None or candidates is not None:

@@ -114,3 +114,12 @@ def test_modules_that_do_more_than_their_class_are_refused(counts):
     refused(model, r"table 'embed\.0' has forward hooks")
     handle.remove()
     cprec_kernels.compress(model, counts, partition=PARTITION)
+
+
+def test_a_model_that_is_compressed_already_is_named(counts):
+    model = GRULike()
+    report = cprec_kernels.compress(model, counts, partition=PARTITION)
+    with pytest.raises(ValueError, match=r"embed\.0 is compressed already"):
+        cprec_kernels.compress(model, counts, partition=PARTITION)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got CompressionReport"):
+        cprec_kernels.compress(report, counts, partition=PARTITION)

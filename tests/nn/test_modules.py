@@ -215,3 +215,32 @@ def test_a_copy_of_a_compiled_head_runs_its_own_weights():
     torch.testing.assert_close(twin(x, target).loss, twin.forward(x, target).loss)
     assert not torch.equal(twin(x, target).loss, head(x, target).loss)
     torch.save(head, io.BytesIO())
+
+
+def test_what_is_no_tensor_is_named_with_the_way_to_make_one():
+    embedding, head = BlockEmbedding(PARTITION), ClusteredSoftmaxWithLoss(64, PARTITION)
+    index = head.build_index("float32")
+    x, rows = torch.randn(2, 64), [[0.0] * 64] * 2
+    items = torch.tensor([1, 2])
+    one = torch.tensor([0, 1, 2])
+    calls = [
+        ("ids", "list", lambda: embedding([1, 2])),
+        ("ids", "ndarray", lambda: embedding(items.numpy())),
+        ("ids", "int", lambda: embedding(5)),
+        ("input", "list", lambda: head(rows, items)),
+        ("input", "list", lambda: head.log_prob(rows)),
+        ("input", "ndarray", lambda: head.topk(x.numpy(), 3)),
+        ("input", "list", lambda: index.topk(rows, 3)),
+        ("input", "list", lambda: head.rank(rows, items)),
+        ("input", "list", lambda: head.score(rows, items[:, None])),
+        ("target", "list", lambda: head(x, [1, 2])),
+        ("target", "list", lambda: head.rank(x, [1, 2])),
+        ("items", "list", lambda: head.score(x, [[1], [2]])),
+        ("candidates", "range", lambda: head.topk(x, 3, candidates=range(9))),
+        ("candidates", "list", lambda: index.topk(x, 3, candidates=[1, 2])),
+        ("offsets of exclude", "list", lambda: head.topk(x, 3, exclude=([0, 1, 2], items))),
+        ("items of exclude", "list", lambda: index.topk(x, 3, exclude=(one, [1, 2]))),
+    ]
+    for name, kind, call in calls:
+        with pytest.raises(TypeError, match=rf"^{name} must be a tensor, got {kind}; torch.as_tensor makes one"):
+            call()
