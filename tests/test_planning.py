@@ -19,6 +19,7 @@ from cprec_kernels.planning import (
     Machine,
     Objective,
     Planner,
+    Prediction,
     QualityModel,
     counts,
     default_ranks,
@@ -55,14 +56,13 @@ def every_partition(num_items: int, max_clusters: int):
                 yield Partition(num_items, cutoffs, ranks, WIDTH)
 
 
-def score_of(planner: Planner, partition: Partition) -> float:
-    predicted, plain = planner.predict(partition), planner.plain
+def score_of(planner: Planner, predicted: Prediction) -> float:
+    plain = planner.plain
     train, topk = planner.objective
     return predicted.loss + train * predicted.train_ms / plain.train_ms + topk * predicted.topk_ms / plain.topk_ms
 
 
-def spent_of(planner: Planner, name: str, partition: Partition) -> float:
-    predicted = planner.predict(partition)
+def spent_of(name: str, predicted: Prediction) -> float:
     if name == "compression":
         return predicted.parameters
     return {"max_parameters": predicted.parameters, "max_train_ms": predicted.train_ms}.get(name, predicted.topk_ms)
@@ -77,18 +77,20 @@ def test_the_plan_is_the_best_of_all_partitions(counted, budget, objective, max_
     name, amount = budget
     planner = Planner(counted, WIDTH, ranks=RANKS, objective=objective, max_clusters=max_clusters, tokens=50)
     limit = planner.plain.parameters / amount if name == "compression" else amount
-    fitting = [p for p in every_partition(len(counted), max_clusters) if spent_of(planner, name, p) <= limit]
+    predictions = (planner.predict(partition) for partition in every_partition(len(counted), max_clusters))
+    fitting = [predicted for predicted in predictions if spent_of(name, predicted) <= limit]
     if not fitting:
         with pytest.raises(BudgetError, match=r"more than there is|the smallest possible is"):
             planner.plan(**{name: amount})
         return
-    best = min(score_of(planner, partition) for partition in fitting)
+    best = min(score_of(planner, predicted) for predicted in fitting)
     found = planner.plan(**{name: amount})
     assert found.score == pytest.approx(best, rel=1e-9)
-    assert score_of(planner, found.partition) == pytest.approx(best, rel=1e-9)
-    assert spent_of(planner, name, found.partition) <= limit * (1 + 1e-12)
+    predicted = planner.predict(found.partition)
+    assert found.prediction == predicted
+    assert score_of(planner, predicted) == pytest.approx(best, rel=1e-9)
+    assert spent_of(name, predicted) <= limit * (1 + 1e-12)
     assert found.partition.num_clusters <= max_clusters
-    assert found.prediction == planner.predict(found.partition)
 
 
 @settings(max_examples=40, deadline=None)

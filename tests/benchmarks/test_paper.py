@@ -32,6 +32,14 @@ def call(capfd, *arguments, expect=0):
     return out, err
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_curves():
+    """Dozens of runs whose curves nobody looks at: to draw them takes as long as to train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cprec.plots.plot_curve", lambda history, path, monitor="": path.touch())
+        yield
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper") / "data"

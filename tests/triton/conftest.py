@@ -21,6 +21,9 @@ else:
     import interpreter
 
     interpreter.repair_bf16_dot()
+    interpreter.exchange_once()
+    interpreter.remember_dtypes()
+    interpreter.check_integers_in_numpy()
 
 
 @pytest.fixture
