@@ -65,8 +65,8 @@ def describe(row: dict[str, Any]) -> str:
         )
     if row["kind"] == "execution":
         return f"{'ok   ' if row['correct'] else 'WRONG'} {place}: {' '.join(row['wrong'] or row['last'])}"
-    if row["kind"] == "bench" and "error" in row:
-        return f"{place}: {row['error']}"
+    if row["kind"] == "bench" and ("error" in row or "wrong" in row):
+        return f"{place}: {row['error']}" if "error" in row else f"WRONG {place}: {' '.join(row['wrong'])}"
     if row["kind"] == "bench":
         memory = "" if row.get("extra_mb") is None else f", {row['extra_mb']:,.0f} MB beside its inputs"
         graph = f" ({row['graph_ms']:.3f} ms from a CUDA graph)" if "graph_ms" in row else ""
@@ -97,8 +97,9 @@ def gpu(
 
     The check runs every op against fp64, then `pytest -m gpu` (CUDA graphs, compilation, streams, waiting for the device,
     repeated bits) and compute-sanitizer where that is installed. The bench times every op beside torch's ways to do the
-    like, with the memory each takes, and the kernels of a training step beside the least time that arithmetic allows. The
-    tuning times a few tiles beside each of the tables' and leaves the fastest in triton-tiles.json, in the folder.
+    like, with the memory each takes, and the kernels of a training step beside the least time that arithmetic allows; what
+    ours return is compared with fp64 first, in part. The tuning times a few tiles beside each of the tables' and leaves the
+    fastest in triton-tiles.json, in the folder.
 
     Every stage is a process of its own, gets what is left of the budget, and writes its rows one by one: a fault or the
     end of the budget costs only what was not reached. The first run compiles, which takes a minute or two.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_floors import Rates, kernel_rows
+from benchmarks.gpu_gate import Inputs, problem
 from benchmarks.gpu_peers import Peer, peers
 from benchmarks.gpu_timing import extra_mb, graph_ms, launches, timed
 from benchmarks.gpu_tuning import environment, read_tiles
@@ -231,14 +232,18 @@ def _verdict(
 
 
 def bench(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
-    """Medians of every op and backend, and of torch's own ways to do the like."""
+    """Medians of every op and backend, once what they return has passed the gate, and of torch's own ways to do the like."""
     for dtype in (torch.bfloat16, torch.float32):
         for size in sizes:
-            for op, name, make in _providers(size, dtype, device):
+            given = Inputs.of(size.partition, size.tokens, dtype, device)
+            for op, name, make in _providers(given, device):
                 row = {"kind": "bench", "op": op, "size": size.name, "dtype": _name(dtype), "provider": name}
                 try:
                     with use_backend(name if name in BACKENDS else "auto"):
                         call = make()
+                        if name in BACKENDS and (wrong := problem(op, given, call())):
+                            emit(row | {"correct": False, "wrong": [wrong]})
+                            continue
                         median, p20, p80 = timed(call, device)
                         found = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "extra_mb": extra_mb(call, device)}
                         if device == "cuda" and name not in NOT_CAPTURED:
@@ -255,44 +260,38 @@ def bench(device: str, sizes: tuple[Size, ...], emit: Emit) -> None:
 Make = Callable[[], Callable[[], object]]
 
 
-def _providers(size: Size, dtype: torch.dtype, device: str) -> Iterator[tuple[str, str, Make]]:
-    partition = size.partition
-    ids = make_ids(partition, (size.tokens,)).to(device)
-    upstream = make_hidden(partition, (size.tokens,), dtype).to(device)
-    factors = [[t.to(device).requires_grad_() for t in group] for group in make_embedding(partition, dtype)]
-    weights = copy_weights(make_softmax(partition, dtype, bias=False), device=device, requires_grad=True)
-    hidden = upstream.clone().requires_grad_()
-    target = make_ids(partition, (size.tokens,), seed=1).to(device)
-    rows = upstream[:256]
-    negatives = make_ids(partition, (len(rows), 100), seed=2).to(device)
+def _providers(given: Inputs, device: str) -> Iterator[tuple[str, str, Make]]:
+    partition, dtype = given.partition, given.dtype
+    ids, target, hidden, weights = given.ids, given.target, given.hidden, given.weights
+    rows = given.searched
 
     def step(value: Callable[[], Tensor], leaves: list[Tensor], gradient: Tensor | None) -> Make:
         return lambda: lambda: torch.autograd.grad(value(), leaves, gradient)
 
     def embedding() -> Tensor:
-        return functional.block_embedding(ids, *factors)
+        return functional.block_embedding(ids, given.tables, given.projections)
 
     def cross_entropy() -> Tensor:
         return functional.clustered_cross_entropy(hidden, target, weights)
 
     @torch.no_grad()
     def scores() -> Tensor:
-        return functional.clustered_score(rows, negatives, weights)
+        return functional.clustered_score(rows, given.negatives, weights)
 
     for backend in BACKENDS:
         if backend == "reference" and partition.num_items > MAX_REFERENCE_ITEMS:
             continue
         yield "block_embedding fwd", backend, lambda: embedding
-        yield "block_embedding fwd+bwd", backend, step(embedding, [*factors[0], *factors[1]], upstream)
+        yield "block_embedding fwd+bwd", backend, step(embedding, [*given.tables, *given.projections], given.upstream)
         leaves = [hidden, *weights.weights, *weights.projections]
         yield "clustered_cross_entropy fwd+bwd", backend, step(cross_entropy, leaves, None)
         yield "clustered_topk", backend, lambda: lambda: functional.clustered_topk(rows, 10, weights)
-        yield "clustered_rank", backend, lambda: lambda: functional.clustered_rank(rows, target[:256], weights)
+        yield "clustered_rank", backend, lambda: lambda: functional.clustered_rank(rows, target[: len(rows)], weights)
         yield "clustered_score", backend, lambda: scores
 
     def table() -> Callable[[], object]:
         full = torch.randn(partition.num_items, partition.embedding_dim, device=device, dtype=dtype, requires_grad=True)
-        return step(lambda: nn.functional.embedding(ids, full), [full], upstream)()
+        return step(lambda: nn.functional.embedding(ids, full), [full], given.upstream)()
 
     def full_loss(maker: Callable[[], Peer]) -> Make:
         def make() -> Callable[[], object]:
@@ -344,7 +343,7 @@ def kernels(device: str, sizes: tuple[Size, ...], emit: Emit, rates: Rates | Non
     Then, of every op: how many kernels it takes, what they take together, and what the call takes.
     """
     for size in sizes:
-        for op, name, make in _providers(size, torch.bfloat16, device):
+        for op, name, make in _providers(Inputs.of(size.partition, size.tokens, torch.bfloat16, device), device):
             if name != ("triton" if device == "cuda" else "reference"):
                 continue
             with use_backend(name):

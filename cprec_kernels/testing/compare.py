@@ -22,7 +22,8 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     """Norm of the difference over the norm of ``truth`` (fp64); infinite where one is NaN or inf and the other is not."""
     if value.shape != truth.shape:
         raise ValueError(f"shapes differ: {tuple(value.shape)} against {tuple(truth.shape)}")
-    value, truth = value.detach().to("cpu", torch.float64), truth.detach().to("cpu", torch.float64)
+    device = truth.device if truth.device == value.device else "cpu"
+    value, truth = value.detach().to(device, torch.float64), truth.detach().to(device, torch.float64)
     finite = truth.isfinite()
     if not torch.equal(value.isfinite(), finite) or not torch.equal(value[~finite], truth[~finite]):
         return math.inf

@@ -8,11 +8,13 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_sanitized, gpu_stages
+from benchmarks import gpu, gpu_gate, gpu_sanitized, gpu_stages
 from benchmarks.gpu import describe, main, read_rows
 from benchmarks.gpu_floors import Rates, floor_ms, kernel_rows, level_logits
 from benchmarks.gpu_tuning import read_tiles
-from cprec_kernels import Partition, get_backend
+from cprec_kernels import Partition, get_backend, use_backend
+
+TINY_INPUTS = gpu_gate.Inputs.of(gpu_stages.TINY.partition, gpu_stages.TINY.tokens, torch.float32, "cpu")
 
 
 def call(capsys, *arguments, expect=0):
@@ -90,6 +92,80 @@ def test_wrong_items_with_right_scores_are_found(monkeypatch):
     gpu_stages.check("cpu", (gpu_stages.TINY,), rows.append)
     verdicts = [(row["backend"], row["correct"]) for row in rows if "correct" in row]
     assert verdicts == [("native", False), ("reference", True)] * (len(verdicts) // 2)
+
+
+GATED = {op for op, name, _ in gpu_stages._providers(TINY_INPUTS, "cpu") if name == "native"}
+
+
+def results_of(op, given=TINY_INPUTS):
+    with use_backend("native"):
+        (make,) = (m for o, name, m in gpu_stages._providers(given, "cpu") if (o, name) == (op, "native"))
+        return make()()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", sorted(GATED))
+def test_what_is_timed_passes_the_gate(op, dtype):
+    size = gpu_stages.TINY
+    given = gpu_gate.Inputs.of(size.partition, size.tokens, dtype, "cpu")
+    assert gpu_gate.problem(op, given, results_of(op, given)) == ""
+
+
+def test_everything_that_is_timed_has_a_judge():
+    assert set(gpu_gate.JUDGES) == GATED
+
+
+PLANTED = [  # op, which of its results, what is done to it, what is said
+    ("block_embedding fwd", 0, lambda t: t[-1].mul_(1.01), "result 0: error"),
+    ("block_embedding fwd+bwd", 1, lambda t: t[0].add_(0.1), "result 1: error"),
+    ("block_embedding fwd+bwd", -1, lambda t: t.mul_(1.01), "result 4: error"),
+    ("clustered_cross_entropy fwd+bwd", 0, lambda t: t[3].mul_(1.01), "result 0: error"),
+    ("clustered_cross_entropy fwd+bwd", 0, lambda t: t[40:].zero_(), "do not fit the input's"),
+    ("clustered_cross_entropy fwd+bwd", 2, lambda t: t[7].zero_(), "the rows of d_weight1 do not sum to zero"),
+    ("clustered_cross_entropy fwd+bwd", 1, lambda t: t.mul_(1.01), "do not fit the input's"),
+    ("clustered_cross_entropy fwd+bwd", 3, lambda t: t.mul_(1.01), "<weight2, d_weight2> is not"),
+    ("clustered_cross_entropy fwd+bwd", -1, lambda t: t.zero_(), "<weight2, d_weight2> is not"),
+    ("clustered_cross_entropy fwd+bwd", 1, lambda t: t[0, 0].fill_(torch.nan), "do not sum to zero"),
+    ("clustered_topk", 0, lambda t: t[2].add_(0.01), "result 0: error"),
+    ("clustered_topk", 1, lambda t: t[5, 9].copy_(t[5, 0]), "an item twice in a row"),
+    ("clustered_topk", 1, lambda t: t[5, 9].fill_(600), "items out of range"),
+    ("clustered_topk", 1, lambda t: t.copy_(torch.arange(10).expand_as(t)), "result 1: error"),
+    ("clustered_rank", 0, lambda t: t[0].add_(3), "result 0: error"),
+    ("clustered_score", 0, lambda t: t[1, 2].add_(0.01), "result 0: error"),
+]
+
+
+@pytest.mark.parametrize(("op", "place", "harm", "said"), PLANTED)
+def test_the_gate_finds_what_is_wrong(op, place, harm, said):
+    results = results_of(op)
+    with torch.no_grad():
+        harm((results if isinstance(results, tuple) else [results])[place])
+    assert said in gpu_gate.problem(op, TINY_INPUTS, results)
+
+
+def test_the_gate_counts_results():
+    gradients = results_of("clustered_cross_entropy fwd+bwd")
+    assert "gradients, expected" in gpu_gate.problem("clustered_cross_entropy fwd+bwd", TINY_INPUTS, gradients[:-1])
+    gradients = results_of("block_embedding fwd+bwd")
+    assert "4 results, expected 5" in gpu_gate.problem("block_embedding fwd+bwd", TINY_INPUTS, gradients[:-1])
+
+
+def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
+    right = gpu_stages.functional.clustered_score
+
+    def wrong(*arguments, **options):
+        scores = right(*arguments, **options)
+        return scores + 1 if get_backend() == "native" else scores
+
+    monkeypatch.setattr(gpu_stages.functional, "clustered_score", wrong)
+    gpu_stages.run_stage("bench", tmp_path / "rows.json", "cpu", (gpu_stages.TINY,))
+    rows = [row for row in read_rows(tmp_path / "rows.json") if row["provider"] == "native"]
+    for row in rows:
+        bad = row["op"] == "clustered_score"
+        assert gpu.is_bad(row) == bad
+        assert ("median_ms" in row) != bad
+        assert describe(row).startswith("WRONG clustered_score tiny") == bad
+    assert sum(map(gpu.is_bad, rows)) == 2
 
 
 def test_a_failing_stage_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
