@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import dataclasses
 import functools
 import logging
 import math
+import signal
 import sys
 import threading
 import warnings
@@ -367,8 +367,8 @@ def _stopped_by_signals(folder: RunFolder, trainer: Any) -> Iterator[None]:
 
     def again(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            # Ctrl-C while workers were joined in a destructor, where Python drops it: once more, outside of it.
-            threading.Timer(0.1, _thread.interrupt_main).start()
+            # Ctrl-C in a destructor that joins workers, where Python drops it: once more, and the main thread is woken.
+            threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
         else:
             report(unraisable)
 

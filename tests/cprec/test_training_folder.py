@@ -290,7 +290,8 @@ def test_a_stop_that_a_destructor_drops_is_raised_again(tmp_path):
 
     def dropped():
         Joins()
-        time.sleep(10)
+        time.sleep(10)  # which the stop ends
+        raise AssertionError("nothing stopped it")
 
     def turned():
         try:
