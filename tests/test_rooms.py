@@ -81,7 +81,7 @@ ROOMS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("tests/triton", ".py"): (
         {"test_block_embedding", "test_clustered_softmax", "test_clustered_topk"},
         {"conftest", "interpreter", "softmax_checks", "test_clustered_rank", "test_clustered_softmax_host"}
-        | {"test_ids", "test_tuning", "test_warmup"},
+        | {"test_ids", "test_interpreter", "test_tuning", "test_warmup"},
     ),
     ("tests/optim", ".py"): (
         {"test_rowwise_adagrad", "test_rowwise_adamw"},
