@@ -65,9 +65,10 @@ def test_the_gpu_ledger_has_a_row_for_every_gpu_kernel():
         assert f"{source.relative_to(ROOT)}" in ledger
 
 
-def test_the_performance_page_is_the_one_its_result_files_give(tmp_path):
+def test_the_performance_page_is_the_one_its_result_files_give(tmp_path, monkeypatch):
     from benchmarks.report import write_report
 
+    monkeypatch.setattr("benchmarks.report.plot", lambda rows, path, title: path.touch())  # looked for, not looked at
     sources = sorted((ROOT / "benchmarks/results").glob("*.json"))
     page = ROOT / "docs/performance.md"
     assert page.exists() == bool(sources), "docs/performance.md is generated from benchmarks/results/*.json"
