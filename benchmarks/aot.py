@@ -7,9 +7,11 @@ writes other code.
 
 from __future__ import annotations
 
+import ast
 import concurrent.futures
 import dataclasses
 import datetime
+import hashlib
 import importlib
 import itertools
 import json
@@ -78,12 +80,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What one version of Triton made of the cases."""
+    """What one version of Triton made of the cases. sources: :func:`sources` of the kernels, "" in older records."""
 
     triton: str
     ptxas: str
     date: str
     rows: list[Row]
+    sources: str = ""
 
 
 def problems(row: Row, recorded: Row | None) -> list[str]:
@@ -116,6 +119,19 @@ def modules() -> list[str]:
     package = importlib.import_module(PACKAGE)
     names = [info.name for info in pkgutil.iter_modules(package.__path__, f"{PACKAGE}.")]
     return [name for name in names if hasattr(importlib.import_module(name), "aot_cases")]
+
+
+def sources(folder: Path) -> str:
+    """A digest of a package's code: its syntax trees, so that comments and line numbers do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(f"{path.name}\n{ast.dump(ast.parse(path.read_bytes()))}\n".encode())
+    return digest.hexdigest()
+
+
+def package_sources() -> str:
+    """:func:`sources` of the kernels."""
+    return sources(Path(importlib.import_module(PACKAGE).__path__[0]))
 
 
 def cases(
@@ -339,6 +355,9 @@ def aot(
     arch: Annotated[list[int] | None, typer.Option(help="80, 90; repeat it. Default: both.")] = None,
     kernels: Annotated[str, typer.Option(help="Only cases whose name this regular expression finds.")] = "",
     coarse: Annotated[bool, typer.Option(help="Every kernel, not every tile: no fp16, some ranks left out.")] = False,
+    changed: Annotated[
+        bool, typer.Option(help="Every tile if a kernel's code is not what was recorded, otherwise as --coarse.")
+    ] = False,
     processes: Annotated[int, typer.Option(min=1, help="Kernels compiled at a time.")] = 2,
     record: Annotated[bool, typer.Option(help="Make the results the recorded ones, and write the page.")] = False,
     record_file: Annotated[Path, typer.Option(help="The record.", show_default=False)] = RECORD,
@@ -360,8 +379,8 @@ def aot(
     wrong = [number for number in arch or ARCHES if number not in SHARED_LIMIT]
     if wrong:
         raise BenchmarkError(f"--arch {wrong[0]} is not one of {', '.join(map(str, SHARED_LIMIT))}")
-    if record and (kernels or arch or coarse):
-        raise BenchmarkError("--record keeps whole runs: leave out --arch, --kernels and --coarse")
+    if record and (kernels or arch or coarse or changed):
+        raise BenchmarkError("--record keeps whole runs: leave out --arch, --kernels, --coarse and --changed")
     try:
         import triton
     except ImportError:
@@ -370,13 +389,20 @@ def aot(
         re.compile(kernels)
     except re.error as error:
         raise BenchmarkError(f"--kernels {kernels} is not a regular expression: {error}") from None
+    records = read_record(record_file)
+    earlier = records.get(triton.__version__)
+    now = package_sources()
+    if changed:
+        coarse = earlier is not None and earlier.sources == now
+        typer.echo(
+            f"the record of Triton {triton.__version__} is of {'this' if coarse else 'other'} code: "
+            f"{'some tiles' if coarse else 'every tile'} of every kernel"
+        )
     jobs = cases(modules(), arch or ARCHES, kernels, coarse)
     if not jobs:
         raise BenchmarkError(f"no case matches --kernels {kernels}" if kernels else f"{PACKAGE} has no kernels")
     with _progress(len(jobs)) as show:
         rows = compile_all(jobs, processes, show)
-    records = read_record(record_file)
-    earlier = records.get(triton.__version__)
     before = {row.key: row for row in earlier.rows} if earlier else {}
     failures = 0
     for row in rows:
@@ -395,7 +421,7 @@ def aot(
         raise typer.Exit(1)
     if record:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        records[triton.__version__] = Record(triton.__version__, _ptxas(), today, rows)
+        records[triton.__version__] = Record(triton.__version__, _ptxas(), today, rows, now)
         write_record(record_file, records)
         write_text(page_file, page(records))
 

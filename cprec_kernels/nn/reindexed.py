@@ -141,8 +141,8 @@ class ReindexedSoftmax(HoldsPermutations):
 
     ``forward`` gives log-probabilities of all classes. Cross entropy, argmax and top-k of these are those of the
     clustered softmax, because normalised log-probabilities are logits of themselves, so a training loop written for
-    logits goes on working, at the cost of the dense matrix of scores. :meth:`loss`, :meth:`topk` and :meth:`rank` do
-    not make it: put them in the loop's place when it should be fast.
+    logits goes on working, at the cost of the dense matrix of scores. :meth:`loss`, :meth:`topk`, :meth:`score` and
+    :meth:`rank` do not make it: put them in the loop's place when it should be fast.
 
     Args:
         softmax: a ClusteredSoftmaxWithLoss or TiedBlocks, whose items are sorted by frequency.
@@ -237,6 +237,15 @@ class ReindexedSoftmax(HoldsPermutations):
         scores, items = self.softmax.topk(hidden, k, exclude=exclude, candidates=candidates, **options)
         found = self.classes.index_select(0, items.clamp(min=0).reshape(-1)).reshape(items.shape)
         return scores, torch.where(items >= 0, found, -1)
+
+    def score(self, hidden: Tensor, classes: Tensor) -> Tensor:
+        """Log-probabilities of given classes (..., c), such as another model's candidates, for re-ranking them.
+
+        Raises:
+            IndexError: a class outside 0..C-1. TypeError, ValueError: as the softmax's ``score``.
+        """
+        items = _looked_up(self.items, classes, "classes")
+        return torch.where(items >= 0, self.softmax.score(hidden, items.clamp(min=0)), ABSENT)
 
     def rank(self, hidden: Tensor, target: Tensor) -> Tensor:
         """0-based place of every target class (...) among all items; ties by higher frequency.

@@ -203,11 +203,46 @@ def test_record_then_growth_fails(planted, tmp_path, capsys):
 
 
 @needs_triton
+def test_every_tile_is_compiled_again_where_the_code_has_changed(planted, tmp_path, capsys, monkeypatch):
+    code = "first"
+    monkeypatch.setattr(aot, "package_sources", lambda: code)
+    planted["k/bf16/64"] = dataclasses.replace(GOOD, name="k/bf16/64")  # a tile that --coarse leaves out
+    files = ("--record-file", tmp_path / "aot.json", "--page-file", tmp_path / "page.md")
+    assert "4 of 4" in call(capsys, *files, "--changed")[0]  # nothing is recorded
+    call(capsys, *files, "--record")
+    out, _ = call(capsys, *files, "--changed")
+    assert "is of this code: some tiles of every kernel" in out
+    assert "2 of 2" in out
+    code = "second"
+    out, _ = call(capsys, *files, "--changed")
+    assert "is of other code: every tile of every kernel" in out
+    assert "4 of 4" in out
+    assert "2 of 2" in call(capsys, *files, "--coarse")[0]
+    older = json.loads((tmp_path / "aot.json").read_text())
+    for record in older["records"]:
+        del record["sources"]
+    (tmp_path / "aot.json").write_text(json.dumps(older))
+    assert "4 of 4" in call(capsys, *files, "--changed")[0]
+
+
+def test_comments_and_places_are_no_code(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    first = aot.sources(tmp_path)
+    (tmp_path / "a.py").write_text("# a comment\n\nx = 1  # another\n")
+    assert aot.sources(tmp_path) == first
+    for name, text in (("a.py", "x = 2\n"), ("b.py", "")):
+        (tmp_path / name).write_text(text)
+        assert aot.sources(tmp_path) != first
+    assert len(aot.package_sources()) == 64
+
+
+@needs_triton
 def test_wrong_usage_is_one_line(planted, tmp_path, capsys, monkeypatch):
     for arguments, message in (
         (("--arch", 70), "--arch 70 is not one of 80, 86, 89, 90, 120"),
         (("--record", "--kernels", "k"), "--record keeps whole runs"),
         (("--record", "--coarse"), "--record keeps whole runs"),
+        (("--record", "--changed"), "--record keeps whole runs"),
         (("--kernels", "nothing"), "no case matches --kernels nothing"),
         (("--kernels", "("), "--kernels ( is not a regular expression"),
     ):

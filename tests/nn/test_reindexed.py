@@ -88,3 +88,19 @@ def test_a_state_without_the_ids_or_with_others_is_refused():
         model.load_state_dict({**state, "0.items": torch.arange(7)})
     with pytest.raises(RuntimeError, match=r"0.items: torch.int64 \(2000,\) is needed, got torch.float32 \(2000,\)"):
         model.load_state_dict({**state, "0.items": torch.zeros(2_000)})
+
+
+def test_scores_are_those_of_the_dense_output():
+    items = ids(3, -1, 5, 0, 2, 1, 4)
+    module = ReindexedSoftmax(ClusteredSoftmaxWithLoss(4, PARTITION, head_bias=True), items)
+    with torch.no_grad():
+        module.softmax.head_bias.normal_()
+    hidden, classes = torch.randn(2, 3, 4), torch.randint(0, 7, (2, 3, 5))
+    classes[0, 0, 0] = 1  # which is none
+    expected = module(hidden).gather(-1, classes)
+    assert expected[0, 0, 0] == -1e4
+    torch.testing.assert_close(module.score(hidden, classes), expected)
+    with pytest.raises(IndexError, match=r"classes\[0, 0, 1\] = 7"):
+        module.score(hidden, torch.tensor([[[0, 7]] * 3] * 2))
+    with pytest.raises(TypeError, match="classes must be a tensor, got list"):
+        module.score(hidden, [[[0]]])
