@@ -58,9 +58,9 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TRITON_ARGS) tests/triton
 
-# Every Triton kernel, compiled for GPUs by the newest and by the oldest Triton that is supported; no GPU is needed. Every
-# tile of it for the newer architecture, too, unless the recorded results are of this very code. Of sm_86, which has less
-# shared memory, the largest.
+# Every Triton kernel, compiled for GPUs by the newest and by the oldest Triton that is supported; no GPU is needed. Of every
+# kernel some tiles (by the oldest, those of one rank), for the newer architecture all of them unless the recorded results are
+# of this very code; for sm_86, which has less shared memory, the largest.
 OLDEST_TRITON := 3.6.0
 build/triton-$(OLDEST_TRITON): $(VENV)/.tools
 	$(PIP) install --no-deps --target $@ 'triton==$(OLDEST_TRITON)'
@@ -69,7 +69,7 @@ aot: setup build/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m benchmarks.aot --arch 90 --changed
 	$(BIN)/python -m benchmarks.aot --arch 80 --coarse
 	$(BIN)/python -m benchmarks.aot --arch 86 --coarse --kernels '(scan_(lse|rows)|weight|rank_count|topk_append)/(bf16|fp32)/512$$'
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m benchmarks.aot --arch 90 --coarse
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m benchmarks.aot --arch 90 --coarse --kernels '^[^/]*$$|/128$$'
 
 bench: setup
 	$(BIN)/python -m benchmarks quick --out $(BENCH)
