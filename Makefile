@@ -19,7 +19,7 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 help:
 	@echo "make demo    generate data, train the twin and the compressed model, compare them (folder: $(DEMO))"
 	@echo "make test    run the test suite"
-	@echo "make aot     compile every GPU kernel ahead of time and hold its code to limits, five minutes and more; needs no GPU"
+	@echo "make aot     compile every GPU kernel ahead of time and hold its code to limits, at least five minutes; needs no GPU"
 	@echo "make bench   a quick benchmark of every op, about ten minutes (folder: $(BENCH))"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make setup   .venv with everything, extension built (demo and test do this by themselves)"

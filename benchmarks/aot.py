@@ -122,7 +122,10 @@ def modules() -> list[str]:
 
 
 def sources(folder: Path) -> str:
-    """A digest of a package's code: its syntax trees, so that comments and line numbers do not count."""
+    """A digest of a package's code: its syntax trees, so that comments and line numbers do not count.
+
+    Python's minor versions write trees differently: by another one than the record's everything is taken for changed.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
         digest.update(f"{path.name}\n{ast.dump(ast.parse(path.read_bytes()))}\n".encode())
@@ -379,6 +382,8 @@ def aot(
     wrong = [number for number in arch or ARCHES if number not in SHARED_LIMIT]
     if wrong:
         raise BenchmarkError(f"--arch {wrong[0]} is not one of {', '.join(map(str, SHARED_LIMIT))}")
+    if coarse and changed:
+        raise BenchmarkError("--coarse and --changed exclude one another: --changed is --coarse where it may be")
     if record and (kernels or arch or coarse or changed):
         raise BenchmarkError("--record keeps whole runs: leave out --arch, --kernels, --coarse and --changed")
     try:
@@ -394,9 +399,15 @@ def aot(
     now = package_sources()
     if changed:
         coarse = earlier is not None and earlier.sources == now
+        state = (
+            "is of this code"
+            if coarse
+            else "is of other code"
+            if earlier and earlier.sources
+            else "does not say of what"
+        )
         typer.echo(
-            f"the record of Triton {triton.__version__} is of {'this' if coarse else 'other'} code: "
-            f"{'some tiles' if coarse else 'every tile'} of every kernel"
+            f"the record of Triton {triton.__version__} {state}: {'some tiles' if coarse else 'every tile'} of every kernel"
         )
     jobs = cases(modules(), arch or ARCHES, kernels, coarse)
     if not jobs:

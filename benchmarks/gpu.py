@@ -70,7 +70,8 @@ def describe(row: dict[str, Any]) -> str:
     if row["kind"] == "bench":
         memory = "" if row.get("extra_mb") is None else f", {row['extra_mb']:,.0f} MB beside its inputs"
         graph = f" ({row['graph_ms']:.3f} ms from a CUDA graph)" if "graph_ms" in row else ""
-        return f"{place}: {row['median_ms']:.3f} ms{graph}{memory}"
+        note = f"; {row['note']}" if "note" in row else ""
+        return f"{place}: {row['median_ms']:.3f} ms{graph}{memory}{note}"
     if row["kind"] == "tune":
         return f"{place}: {row['table_ms']:.3f} ms with the tables' tiles, {row['tuned_ms']:.3f} ms with the fastest"
     if row["kind"] == "tile":

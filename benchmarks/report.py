@@ -41,8 +41,10 @@ def merge(runs: Sequence[Run]) -> Run:
             # Ratios are formed within one interleaved run only: rows of another run do not fill its gaps.
             rows.pop(key, None)
             rows[key] = members
+        of_rows = {row.machine for row in run.rows}
         for roof in _located(run):
-            roofs[roof["machine"], roof["isa"], roof["threads"]] = roof
+            if roof["machine"] in of_rows:
+                roofs[roof["machine"], roof["isa"], roof["threads"]] = roof
     merged = [row for members in rows.values() for row in members]
     fill_ratios(merged)
     return Run([roofs[key] for key in sorted(roofs)], merged)

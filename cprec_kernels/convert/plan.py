@@ -186,7 +186,7 @@ def find_table(model: nn.Module, count: int, name: str | None) -> tuple[str, nn.
             hint = "name the item table with table=" if fitting else "counts has one entry per row of the item table"
             done = [found for found, module in model.named_modules() if isinstance(module, ReindexedEmbedding)]
             if done and not fitting:
-                hint = f"{done[0]} is compressed already, and a model is compressed from its uncompressed form"
+                hint = f"{done[0] or 'it'} is compressed already, and a model is compressed from its uncompressed form"
             raise ValueError(
                 f"{len(fitting)} embeddings have {count} rows, as many as counts; there are {sizes}: {hint}"
             )

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..ops._library import check_ids, check_integers, check_tensor
+from ..ops._library import check_ids, check_integers, check_leading, check_tensor
 from ..ops.clustered_topk import Exclude
 from .block_embedding import BlockEmbedding
 from .catalogue import ChangingCatalogue
@@ -229,7 +229,7 @@ class ReindexedSoftmax(HoldsPermutations):
         """
         if isinstance(exclude, Tensor):
             exclude = self._excluded(exclude)
-        elif exclude is not None:
+        elif isinstance(exclude, tuple) and len(exclude) == 2:
             exclude = (exclude[0], self._excluded(exclude[1]))
         if candidates is not None:
             candidates = _looked_up(self.items, candidates, "candidates")
@@ -241,10 +241,13 @@ class ReindexedSoftmax(HoldsPermutations):
     def score(self, hidden: Tensor, classes: Tensor) -> Tensor:
         """Log-probabilities of given classes (..., c), such as another model's candidates, for re-ranking them.
 
+        Not differentiable, as the softmax's ``score``.
+
         Raises:
             IndexError: a class outside 0..C-1. TypeError, ValueError: as the softmax's ``score``.
         """
         items = _looked_up(self.items, classes, "classes")
+        check_leading(classes, hidden, "classes", 1)
         return torch.where(items >= 0, self.softmax.score(hidden, items.clamp(min=0)), ABSENT)
 
     def rank(self, hidden: Tensor, target: Tensor) -> Tensor:
@@ -263,6 +266,7 @@ class ReindexedSoftmax(HoldsPermutations):
 
     def _excluded(self, classes: Tensor) -> Tensor:
         """Classes as items, -1 for negative ones and those that are none."""
+        check_tensor(classes, "exclude")
         items = _looked_up(self.items, classes.clamp(min=0), "exclude")
         return torch.where(classes >= 0, items, -1)
 

@@ -312,7 +312,8 @@ def check_same_kind(tensors: Sequence[Tensor], name: str) -> None:
 
 def check_tensor(value: object, name: str) -> None:
     """Raise TypeError for lists, arrays and numbers, which the dispatcher refuses in words of its own."""
-    if not isinstance(value, Tensor):
+    # What stands for a tensor, such as a proxy of torch.fx, is the dispatcher's business.
+    if not isinstance(value, Tensor) and not hasattr(type(value), "__torch_function__"):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one")
 
 

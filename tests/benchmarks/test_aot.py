@@ -208,7 +208,9 @@ def test_every_tile_is_compiled_again_where_the_code_has_changed(planted, tmp_pa
     monkeypatch.setattr(aot, "package_sources", lambda: code)
     planted["k/bf16/64"] = dataclasses.replace(GOOD, name="k/bf16/64")  # a tile that --coarse leaves out
     files = ("--record-file", tmp_path / "aot.json", "--page-file", tmp_path / "page.md")
-    assert "4 of 4" in call(capsys, *files, "--changed")[0]  # nothing is recorded
+    out, _ = call(capsys, *files, "--changed")  # nothing is recorded
+    assert "does not say of what: every tile" in out
+    assert "4 of 4" in out
     call(capsys, *files, "--record")
     out, _ = call(capsys, *files, "--changed")
     assert "is of this code: some tiles of every kernel" in out
@@ -243,6 +245,7 @@ def test_wrong_usage_is_one_line(planted, tmp_path, capsys, monkeypatch):
         (("--record", "--kernels", "k"), "--record keeps whole runs"),
         (("--record", "--coarse"), "--record keeps whole runs"),
         (("--record", "--changed"), "--record keeps whole runs"),
+        (("--coarse", "--changed"), "--coarse and --changed exclude one another"),
         (("--kernels", "nothing"), "no case matches --kernels nothing"),
         (("--kernels", "("), "--kernels ( is not a regular expression"),
     ):

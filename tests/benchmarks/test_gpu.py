@@ -115,23 +115,28 @@ def test_everything_that_is_timed_has_a_judge():
     assert set(gpu_gate.JUDGES) == GATED
 
 
+LOSS = "clustered_cross_entropy fwd+bwd"
 PLANTED = [  # op, which of its results, what is done to it, what is said
     ("block_embedding fwd", 0, lambda t: t[-1].mul_(1.01), "result 0: error"),
     ("block_embedding fwd+bwd", 1, lambda t: t[0].add_(0.1), "result 1: error"),
     ("block_embedding fwd+bwd", -1, lambda t: t.mul_(1.01), "result 4: error"),
-    ("clustered_cross_entropy fwd+bwd", 0, lambda t: t[3].mul_(1.01), "result 0: error"),
-    ("clustered_cross_entropy fwd+bwd", 0, lambda t: t[40:].zero_(), "do not fit the input's"),
-    ("clustered_cross_entropy fwd+bwd", 2, lambda t: t[7].zero_(), "the rows of d_weight1 do not sum to zero"),
-    ("clustered_cross_entropy fwd+bwd", 1, lambda t: t.mul_(1.01), "do not fit the input's"),
-    ("clustered_cross_entropy fwd+bwd", 3, lambda t: t.mul_(1.01), "<weight2, d_weight2> is not"),
-    ("clustered_cross_entropy fwd+bwd", -1, lambda t: t.zero_(), "<weight2, d_weight2> is not"),
-    ("clustered_cross_entropy fwd+bwd", 1, lambda t: t[0, 0].fill_(torch.nan), "do not sum to zero"),
-    ("clustered_topk", 0, lambda t: t[2].add_(0.01), "result 0: error"),
-    ("clustered_topk", 1, lambda t: t[5, 9].copy_(t[5, 0]), "an item twice in a row"),
-    ("clustered_topk", 1, lambda t: t[5, 9].fill_(600), "items out of range"),
+    (LOSS, 0, lambda t: t[-1].mul_(1.01), "result 0: error"),
+    (LOSS, 0, lambda t: t[41].zero_(), "do not fit the input's"),
+    (LOSS, 1, lambda t: t.mul_(1.01), "do not fit the input's"),
+    (LOSS, 2, lambda t: t[7].zero_(), "the rows of d_weight1 do not sum to zero"),
+    (LOSS, 3, lambda t: t.mul_(1.01), "level 2's weights and projection do not fit"),
+    (LOSS, 3, lambda t: t.copy_(t.flip(0)), "level 2's weights and projection do not fit"),
+    (LOSS, -1, lambda t: t.zero_(), "level 2's weights and projection do not fit"),
+    (LOSS, -1, lambda t: t.add_(torch.randn_like(t) * 0.01 * t.std()), "do not fit"),
+    *[(LOSS, i, lambda t: t[0, 0].fill_(torch.nan), f"gradient {i} is not finite") for i in range(6)],
+    *[(LOSS, i, lambda t: t[-1, -1].fill_(torch.inf), f"gradient {i} is not finite") for i in range(6)],
+    ("clustered_topk", 0, lambda t: t[-1].add_(0.01), "result 0: error"),
+    ("clustered_topk", 1, lambda t: t[0, 9].copy_(t[0, 0]), "an item twice in a row"),
+    ("clustered_topk", 1, lambda t: t[-1, 9].fill_(600), "items out of range"),
     ("clustered_topk", 1, lambda t: t.copy_(torch.arange(10).expand_as(t)), "result 1: error"),
-    ("clustered_rank", 0, lambda t: t[0].add_(3), "result 0: error"),
-    ("clustered_score", 0, lambda t: t[1, 2].add_(0.01), "result 0: error"),
+    ("clustered_rank", 0, lambda t: t[0].add_(1), "row 0: rank"),
+    ("clustered_rank", 0, lambda t: t[-1].sub_(1), "row 89: rank"),
+    ("clustered_score", 0, lambda t: t[-1, 2].add_(0.01), "result 0: error"),
 ]
 
 
@@ -144,10 +149,21 @@ def test_the_gate_finds_what_is_wrong(op, place, harm, said):
 
 
 def test_the_gate_counts_results():
-    gradients = results_of("clustered_cross_entropy fwd+bwd")
-    assert "gradients, expected" in gpu_gate.problem("clustered_cross_entropy fwd+bwd", TINY_INPUTS, gradients[:-1])
+    assert "5 gradients, expected 6" in gpu_gate.problem(LOSS, TINY_INPUTS, results_of(LOSS)[:-1])
     gradients = results_of("block_embedding fwd+bwd")
     assert "4 results, expected 5" in gpu_gate.problem("block_embedding fwd+bwd", TINY_INPUTS, gradients[:-1])
+
+
+def test_a_gate_without_memory_costs_no_time(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu_stages, "problem", full)
+    rows = []
+    gpu_stages.bench("cpu", (gpu_stages.TINY,), rows.append)
+    ours = [row for row in rows if row["provider"] == "native"]
+    assert ours
+    assert all("median_ms" in row and "not compared with fp64" in describe(row) for row in ours)
 
 
 def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):

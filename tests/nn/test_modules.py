@@ -244,3 +244,9 @@ def test_what_is_no_tensor_is_named_with_the_way_to_make_one():
     for name, kind, call in calls:
         with pytest.raises(TypeError, match=rf"^{name} must be a tensor, got {kind}; torch.as_tensor makes one"):
             call()
+
+
+def test_an_embedding_can_be_traced_by_fx():
+    model = nn.Sequential(BlockEmbedding(PARTITION), nn.Linear(64, 3))
+    ids = torch.randint(5000, (2, 5))
+    assert torch.equal(torch.fx.symbolic_trace(model)(ids), model(ids))

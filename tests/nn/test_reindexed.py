@@ -104,3 +104,9 @@ def test_scores_are_those_of_the_dense_output():
         module.score(hidden, torch.tensor([[[0, 7]] * 3] * 2))
     with pytest.raises(TypeError, match="classes must be a tensor, got list"):
         module.score(hidden, [[[0]]])
+    with pytest.raises(ValueError, match=r"classes must be \(2, 3, 'c'\) to go with input"):
+        module.score(hidden, classes[0])
+    with pytest.raises(TypeError, match="exclude must be a tensor, got list"):
+        module.topk(hidden, 2, exclude=(torch.arange(7), [1] * 6))
+    with pytest.raises(TypeError, match="exclude must be an int64 tensor"):
+        module.topk(hidden, 2, exclude=[[1], [2]])

@@ -90,13 +90,11 @@ def test_everything_compiles_and_a_step_finds_it(dtype, target_sm_90, through_tr
     device = torch.device("cuda", 0)
     model = nn.ModuleList([BlockEmbedding(SMALL, dtype=dtype), ClusteredSoftmaxWithLoss(32, SMALL, dtype=dtype)])
     with FakeTensorMode():
-        here = [launch for block in model for launch in _warmup.rehearse(block, None, torch.device("cpu"))]
-        on_device = [launch for block in model for launch in _warmup.rehearse(block, None, device)]
-    assert compile_all(here, device) > 15
-    if dtype == torch.float32:  # more multiprocessors, so that some weights are cut
-        compile_all(on_device, device)
-        here += on_device
-    assert compile_all(here, device) == 0
+        launches = [launch for block in model for launch in _warmup.rehearse(block, None, torch.device("cpu"))]
+        if dtype == torch.float32:  # more multiprocessors, so that some weights are cut
+            launches += [launch for block in model for launch in _warmup.rehearse(block, None, device)]
+    assert compile_all(launches, device) > 15
+    assert compile_all(launches, device) == 0
     # A step on real tensors, whose addresses and sizes are what a launch would be specialised on.
     with common.rehearse() as launches:
         hidden = model[0](torch.randint(300, (200,)))

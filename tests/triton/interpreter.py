@@ -1,8 +1,10 @@
-"""Repairs of Triton's interpreter that the suite needs (seen in 3.6.0 and 3.9.0).
+"""What the suite changes in Triton's interpreter (seen in 3.6.0 and 3.9.0).
 
-Half of its time goes into work that repeats: :func:`exchange_once`, :func:`remember_dtypes` and
-:func:`check_integers_in_numpy` do the same with less of it. The interpreter keeps bf16 as the 16 bits in a uint16 array, and its dot product multiplies those bits as if they were
-numbers. :func:`repair_bf16_dot` widens such operands to fp32 first, which is exact, as are their products.
+It keeps bf16 as the 16 bits in a uint16 array, and its dot product multiplies those bits as if they were numbers.
+:func:`repair_bf16_dot` widens such operands to fp32 first, which is exact, as are their products.
+
+Half of its time goes into what it has done already. :func:`exchange_once`, :func:`remember_dtypes` and
+:func:`check_integers_in_numpy` spare it that, with the same results and the same refusals.
 """
 
 from __future__ import annotations
