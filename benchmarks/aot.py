@@ -398,14 +398,9 @@ def aot(
     earlier = records.get(triton.__version__)
     now = package_sources()
     if changed:
-        coarse = earlier is not None and earlier.sources == now
-        state = (
-            "is of this code"
-            if coarse
-            else "is of other code"
-            if earlier and earlier.sources
-            else "does not say of what"
-        )
+        recorded = earlier.sources if earlier else ""
+        coarse = recorded == now
+        state = {now: "is of this code", "": "does not say of what"}.get(recorded, "is of other code")
         typer.echo(
             f"the record of Triton {triton.__version__} {state}: {'some tiles' if coarse else 'every tile'} of every kernel"
         )

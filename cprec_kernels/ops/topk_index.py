@@ -290,7 +290,8 @@ def topk_index(
 
     Raises:
         IndexError: an excluded or candidate item out of range.
-        TypeError: k not an int, exclude neither a tensor nor a pair, ids not int64, an input of another dtype.
+        TypeError: k not an int, exclude neither a tensor nor a pair, no tensors, ids not int64, an input of another
+            dtype.
         ValueError: k out of range, shapes that do not fit, NaN or inf in the input, NaN scores.
     """
     rows, excluded, offsets = choice_of_rows(input, k, exclude, candidates)
