@@ -280,13 +280,50 @@ def print_rich(*renderables: RenderableType) -> None:
         console.print(renderable)
 
 
+def typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was given, rather than left at its default."""
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+
+def grown_model(context: typer.Context, former: Path, num_items: int, **changes: float) -> tuple[NextItNetConfig, int]:
+    """The configuration and length of the model in a run or an export, for another number of items.
+
+    ``changes`` are made where they were typed; other options of a model are refused, since weights have a shape.
+    """
+    from cprec import checkpoint
+    from cprec.warm_start import grown
+
+    shape = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if getattr(parameter, "rich_help_panel", None) == "Model"
+        and parameter.name not in changes
+        and typed(context, str(parameter.name))
+    ]
+    if shape:
+        raise ValueError(
+            f"--from {former} decides the shape of the model, which {', '.join(shape)} cannot change: leave it out, or train "
+            "anew without --from"
+        )
+    config, sections = checkpoint.read_config(former)
+    length = sections.get("export", sections.get("training", {})).get("length")
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(
+            f"{former / checkpoint.CONFIG_NAME} is that of neither a run nor an export: it lacks their length"
+        )
+    try:
+        kept = {name: value for name, value in changes.items() if typed(context, name)}
+        return grown(config, num_items, **kept), length
+    except ValueError as error:
+        raise ValueError(f"--from {former}: {error}") from None
+
+
 def refuse_model_options(context: typer.Context, path: Path, allowed: tuple[str, ...]) -> None:
     """Refuse options of a model to be made where ``path`` holds one that is."""
     given = [
         max(parameter.opts, key=len)
         for parameter in context.command.params
-        if parameter.name not in allowed
-        and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+        if parameter.name not in allowed and typed(context, str(parameter.name))
     ]
     if given:
         raise ValueError(

@@ -151,7 +151,7 @@ class RunFolder:
         Raises:
             FileExistsError, FileNotFoundError, ValueError: as :func:`cprec.training.train`.
         """
-        from cprec.training import RESUMABLE_FIELDS
+        from cprec.training_config import RESUMABLE_FIELDS
 
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other")

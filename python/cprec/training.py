@@ -6,14 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,15 +20,25 @@ from cprec import checkpoint
 from cprec.evaluation import EvaluationReport, evaluate
 from cprec.files import read_json, write_json
 from cprec.run_folder import RunConfig, RunFolder, versions
+from cprec.training_config import TrainingConfig
 
 if TYPE_CHECKING:
     from cprec.data import PreparedData
     from cprec.model import NextItNetConfig
 
+__all__ = [
+    "MONITOR",
+    "EpochRecord",
+    "NonFiniteLossError",
+    "RunResult",
+    "TrainingConfig",
+    "TrainingStateError",
+    "best_epoch",
+    "is_finished",
+    "train",
+]
+
 MONITOR = "ndcg@10"
-PRECISIONS = ("32-true", "bf16-mixed")
-INITIALISATIONS = ("random", "als")
-SHARDED_STRATEGIES = ("fsdp", "deepspeed", "model_parallel")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -42,100 +51,6 @@ class NonFiniteLossError(RuntimeError):
 
 class TrainingStateError(ValueError):
     """A training state on disk that cannot be read safely."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How a model is trained. The defaults are those of ``cprec train``; that command also gives the model a dropout of
-    0.2, where :class:`~cprec.model.NextItNetConfig` has none unless told.
-
-    Args:
-        length: items the model sees, L; windows hold L + 1.
-        batch_size: windows per step and device.
-        epochs: upper limit.
-        learning_rate: of AdamW.
-        weight_decay: of matrices and item tables; never of biases and normalisation layers.
-        warmup_steps: steps of linear warm-up; 0 for none.
-        gradient_clip: largest joint 2-norm of all gradients; 0 for no clipping.
-        precision: "32-true" or "bf16-mixed" (autocast).
-        patience: stop after this many epochs without a better validation NDCG@10; 0 to go through all epochs.
-        seed: of initial weights, batch order and dropout.
-        init: where item vectors start: "random", or "als", from a factorisation of which training item follows which
-            (:mod:`cprec.item_factors`).
-        accelerator, devices, strategy: passed to Lightning.
-        workers: processes that assemble batches; 0 does it in the main process.
-        checkpoint_every: steps between training states saved within an epoch; 0 saves after every epoch only.
-        evaluation_batch_size: histories per validation batch.
-
-    Raises:
-        ValueError: a value outside its range. The message names it.
-    """
-
-    length: int = 20
-    batch_size: int = 128
-    epochs: int = 20
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 0
-    gradient_clip: float = 1.0
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    patience: int = 3
-    seed: int = 0
-    init: Literal["random", "als"] = "random"
-    accelerator: str = "auto"
-    devices: int | str = "auto"
-    strategy: str = "auto"
-    workers: int = 0
-    checkpoint_every: int = 1000
-    evaluation_batch_size: int = 512
-
-    def __post_init__(self) -> None:
-        for name in ("length", "batch_size", "epochs", "evaluation_batch_size"):
-            _check_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "patience", "seed", "workers", "checkpoint_every"):
-            _check_integer(name, getattr(self, name), 0)
-        if self.seed >= 1 << 64:
-            raise ValueError(f"seed must be below 2^64, got {self.seed}")
-        for name in ("learning_rate", "weight_decay", "gradient_clip"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        if self.learning_rate == 0:
-            raise ValueError("learning_rate must be above 0")
-        for name, known in (("precision", PRECISIONS), ("init", INITIALISATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not isinstance(self.strategy, str):
-            raise ValueError(f"strategy must be a name, got {self.strategy!r}")
-        if self.strategy.startswith(SHARDED_STRATEGIES):
-            raise ValueError(
-                f"strategy {self.strategy!r} splits the parameters over devices, which ranking needs whole: use ddp"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; without ``init`` where it is "random", as runs before it were written."""
-        values = dataclasses.asdict(self)
-        if self.init == "random":
-            del values["init"]
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
-        """From :meth:`to_dict`. Raises ValueError for unknown keys."""
-        if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
-            raise ValueError(f"unknown keys in a training configuration: {', '.join(unknown)}")
-        return cls(**values)
-
-
-# What a resumed run may change without becoming another run.
-RESUMABLE_FIELDS = frozenset(
-    {"epochs", "patience", "accelerator", "devices", "strategy", "workers", "checkpoint_every", "evaluation_batch_size"}
-)
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +168,7 @@ def train(
     Raises:
         FileExistsError: ``out`` exists; FileNotFoundError: nothing to resume.
         ValueError: the model is for another catalogue; accelerator, devices or strategy are not to be had here; on
-            resuming, data or configuration differ from the run's.
+            resuming, data or configuration differ from the run's; what it is to start from does not fit.
         NonFiniteLossError: the loss became infinite or NaN; the last sound state stays, or nothing if there was none.
         TrainingStateError: the state to resume from is damaged.
         KeyboardInterrupt, SystemExit: on SIGINT, and on SIGTERM with code 143. The last saved state stays.
@@ -265,6 +180,8 @@ def train(
         )
     run_config = RunConfig.of(data, model_config, config)
     folder = RunFolder(Path(out))
+    if config.start_from is not None and folder.path.resolve() == Path(config.start_from).resolve():
+        raise ValueError(f"{out} is the run to start from, and would be replaced: choose another folder")
     with _quiet_lightning(), _kept_random_state():
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
@@ -300,7 +217,7 @@ def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool, 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-    from cprec.item_factors import initialise
+    from cprec import item_factors, warm_start
     from cprec.lightning_module import (
         LOG_STEPS,
         Patience,
@@ -317,8 +234,13 @@ def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool, 
     bars = progress_callbacks(progress)
     announce = functools.partial(announce_epoch, config.epochs) if progress and not bars else None
     model = NextItNet(run.model)
-    if config.init == "als" and not folder.state.is_file():
-        initialise(model, data, seed=config.seed, progress=progress and main)
+    if not folder.state.is_file():
+        if config.init == "als":
+            item_factors.initialise(model, data, seed=config.seed, progress=progress and main)
+        if config.start_from is not None:
+            carried = warm_start.initialise(model, data, config.start_from, length=config.length)
+            if progress and main:
+                print(f"started from {config.start_from}: {carried}", file=sys.stderr)
     module = TrainingModule(model, data, config, announce)
     states = TrainingStates(
         folder.state, config.checkpoint_every, functools.partial(folder.save_weights, run), folder.forget_replaced

@@ -1,0 +1,316 @@
+"""Going on from a trained model on data that has changed since: items come, go and change their frequency.
+
+Items are matched by their raw ids. Blocks, projections, parent labels and the rows of items that stay in their cluster
+are copied. An item that changes clusters gets the row of its new cluster that is nearest to what it was; one that the
+former model did not know starts as the mean of its cluster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cprec import checkpoint
+from cprec.model import NextItNet, NextItNetConfig
+from cprec.ranking import pad_left
+from cprec_kernels import Partition
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from cprec.data import PreparedData
+
+SAMPLES = 4  # hidden states per column, which a tail's log-sum-exp is fitted to
+RIDGE = 1e-6  # of the mean square of a column
+FREE = {"num_items", "input_partition", "output_partition", "dropout", "label_smoothing", "sparse_embedding"}
+
+
+class Former(NamedTuple):
+    """A trained model and the raw ids of its items, in the order of their numbers."""
+
+    model: NextItNet
+    items: Sequence[str] | pl.Series
+
+
+class Carried(NamedTuple):
+    """Items of both catalogues, those of them in another cluster of the softmax, those of the new one and the old one alone."""
+
+    known: int
+    moved: int
+    new: int
+    gone: int
+
+    def __str__(self) -> str:
+        return f"{self.known:,} items known ({self.moved:,} in another cluster), {self.new:,} new, {self.gone:,} gone"
+
+
+def read_former(folder: str | os.PathLike[str]) -> Former:
+    """The model of a run whose data is still there, or of an export.
+
+    Raises:
+        CheckpointError: no model there, or a damaged one.
+        FileNotFoundError, ValueError: the run's data is no longer there, or is other data; an export is damaged.
+    """
+    from cprec.exported import load
+    from cprec.run_folder import RunConfig
+
+    _, sections = checkpoint.read_config(folder)
+    if "export" in sections:
+        exported = load(folder)
+        return Former(exported.model, exported.items)
+    run = RunConfig.read(folder)
+    try:
+        catalogue = run.open_data().catalogue
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(
+            f"{os.fspath(folder)} does not say which item is which: {error}. Start from an export: cprec export, made while "
+            "the data of the run is there"
+        ) from error
+    return Former(checkpoint.load(folder).eval(), catalogue.raw_ids)
+
+
+def grown(config: NextItNetConfig, num_items: int, **changes: Any) -> NextItNetConfig:
+    """The configuration for another number of items: cutoffs and ranks stay, the last cluster takes what is more or less.
+
+    Args:
+        changes: other fields of the configuration.
+
+    Raises:
+        ValueError: fewer items than the last cutoff.
+    """
+    fields: dict[str, Any] = {**changes, "num_items": num_items}
+    for name in ("input_partition", "output_partition"):
+        former: Partition = getattr(config, name)
+        if former.cutoffs and former.cutoffs[-1] >= num_items:
+            raise ValueError(
+                f"the last cluster starts at item {former.cutoffs[-1]:,}, of which {num_items:,} items leave none: train "
+                "a model anew"
+            )
+        fields[name] = Partition(num_items, former.cutoffs, former.ranks, former.embedding_dim)
+    return dataclasses.replace(config, **fields)
+
+
+def initialise(model: NextItNet, data: PreparedData, folder: str | os.PathLike[str], *, length: int) -> Carried:
+    """Have a new model start from the one in ``folder``: see :func:`start_from`.
+
+    Args:
+        model: of the items of ``data``. length: how many items of a history it sees.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ValueError: as :func:`read_former` and :func:`start_from`; or the two share no item.
+    """
+    former = read_former(folder)
+    numbers = torch.from_numpy(data.catalogue.encode(former.items))
+    old_ids = torch.full((data.num_items,), -1)
+    known = numbers >= 0
+    old_ids[numbers[known]] = known.nonzero()[:, 0]
+    if not bool(known.any()):
+        raise ValueError(
+            f"none of the {len(former.items):,} items of {os.fspath(folder)} is one of {data.folder}: are raw ids, such as "
+            f"{former.items[0]!r} there and {data.catalogue.decode([0])[0]!r} here, written alike?"
+        )
+    count = min(len(data.train), SAMPLES * model.config.embedding_dim)
+    chosen = torch.linspace(0, len(data.train) - 1, count).long().tolist()
+    former_items = [old_ids[torch.from_numpy(data.train[index].astype("int64"))] for index in chosen]
+    histories = [items[items >= 0].tolist() for items in former_items]
+    return start_from(model, former.model, old_ids, pad_left(histories, length, former.model.padding_id))
+
+
+@torch.no_grad()
+def start_from(model: NextItNet, former: NextItNet, old_ids: Tensor, histories: Tensor) -> Carried:
+    """Give a model the weights of another one for other items.
+
+    Where an item moves between levels of the softmax, its log-probability there has to be made a logit here, and holds
+    its tail's log-sum-exp: in the place of that stands the linear function nearest to it over the hidden states of
+    ``histories``.
+
+    Args:
+        model: what gets them; of the same shape but for its items, with clusters of the same ranks.
+        old_ids: (K,) int64, the number that each item had, -1 for a new one; none twice.
+        histories: (N, L) int64 items of the former model, padded on the left.
+
+    Raises:
+        ValueError: the two differ in more than items; numbers that are out of range, or there twice.
+    """
+    _check_alike(model.config, former.config)
+    _check_numbers(old_ids, model.config.num_items, former.config.num_items)
+    model.backbone.load_state_dict(former.backbone.state_dict())
+    embedding, was_embedding = _embedding(model), _embedding(former)
+    _copy(embedding.bases, was_embedding.bases)
+    was_training = former.training
+    hidden = former.eval()(histories)[:, -1]
+    former.train(was_training)
+    firsts = torch.tensor(former.config.output_partition.offsets[:-1]).expand(len(hidden), -1)
+    softmax, was_softmax = _softmax(model), _softmax(former).around(hidden, former.softmax.score(hidden, firsts))
+    _copy(softmax.bases, was_softmax.bases)
+    parents, was_parents = (slice(own.partition.sizes[0], None) for own in (softmax, was_softmax))
+    softmax.tables[0][parents] = was_softmax.tables[0][was_parents]
+    if softmax.biases[0] is not None and was_softmax.biases[0] is not None:
+        softmax.biases[0][parents] = was_softmax.biases[0][was_parents]
+    tied = model.config.tie_tails
+    for j in range(1 if tied else embedding.partition.num_clusters):
+        _set_rows(j, old_ids, [embedding], [was_embedding])
+    for j in range(softmax.partition.num_clusters):
+        both = tied and j > 0
+        uses, former_uses = ([softmax, embedding], [was_softmax, was_embedding]) if both else ([softmax], [was_softmax])
+        _set_rows(j, old_ids, uses, former_uses)
+    level, was_level = softmax.level_of(torch.arange(len(old_ids))), was_softmax.level_of(old_ids)
+    known = int((old_ids >= 0).sum())
+    moved = int(((old_ids >= 0) & (level != was_level)).sum())
+    return Carried(known, moved, len(old_ids) - known, former.config.num_items - known)
+
+
+@dataclasses.dataclass
+class _Use:
+    """A use of item rows: item i of cluster j has the vector tables[j][i] bases[j] + shifts[j], of width d.
+
+    Attributes:
+        partition: of the items. tables: (k_j or more, r_j) per cluster. bases: (r_j, d), or None for full rank.
+        shifts: (d,) fp64, what the items of a cluster have in common. biases: (k_j or more,) or None.
+        constants: what their biases have in common.
+    """
+
+    partition: Partition
+    tables: list[Tensor]
+    bases: list[Tensor | None]
+    shifts: list[Tensor]
+    biases: list[Tensor | None]
+    constants: list[float]
+
+    def level_of(self, ids: Tensor) -> Tensor:
+        return torch.bucketize(ids, torch.tensor(self.partition.cutoffs, dtype=torch.int64), right=True)
+
+    def vectors(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of items (m,): (m, d) and (m,), both fp64."""
+        vectors = torch.zeros(len(ids), self.partition.embedding_dim, dtype=torch.float64)
+        constants = torch.zeros(len(ids), dtype=torch.float64)
+        levels = self.level_of(ids)
+        for j in range(self.partition.num_clusters):
+            here = levels == j
+            rows = ids[here] - self.partition.offsets[j]
+            basis, bias = self.bases[j], self.biases[j]
+            own = self.tables[j][rows].double()
+            vectors[here] = (own if basis is None else own @ basis.double()) + self.shifts[j]
+            constants[here] = self.constants[j] + (0.0 if bias is None else bias[rows].double())
+        return vectors, constants
+
+    def around(self, hidden: Tensor, firsts: Tensor) -> _Use:
+        """Of a softmax: with shifts that make an item's product with a hidden state its log-probability, but for what all
+        items have in common.
+
+        Args:
+            hidden: (N, d). firsts: (N, n), log-probabilities of the first item of every level. They tell its log-sum-exp.
+        """
+        hidden, firsts = hidden.double(), firsts.double()
+        gram = hidden.T @ hidden
+        gram += RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny) * torch.eye(len(gram))
+        sizes, offsets = self.partition.sizes, self.partition.offsets
+        head = dataclasses.replace(
+            self, partition=Partition(len(self.tables[0]), (), self.partition.ranks[:1], len(gram))
+        )
+        labels, label_biases = head.vectors(torch.arange(sizes[0], len(self.tables[0])))
+        vectors, constants = self.vectors(torch.tensor(offsets[:-1]))
+        own = hidden @ vectors.T + constants - firsts  # (N, n): the head's log-sum-exp, and what tails add to it
+        shifts = [self.shifts[0]]
+        for j, (label, bias) in enumerate(zip(labels, label_biases, strict=True), start=1):
+            lse = own[:, j] - own[:, 0] + hidden @ label + bias
+            shifts.append(label - torch.linalg.solve(gram, hidden.T @ lse))
+        return dataclasses.replace(self, shifts=shifts, constants=[0.0, *label_biases.tolist()])
+
+
+def _bases(partition: Partition, projections: Sequence[Tensor]) -> list[Tensor | None]:
+    left = iter(projections)
+    return [next(left) if j in partition.projected else None for j in range(partition.num_clusters)]
+
+
+def _embedding(model: NextItNet) -> _Use:
+    partition, count = model.config.input_partition, model.config.input_partition.num_clusters
+    own = model.embedding
+    bases = _bases(partition, list(own.projections))
+    nothing = torch.zeros(partition.embedding_dim, dtype=torch.float64)
+    return _Use(partition, list(own.embeddings), bases, [nothing] * count, [None] * count, [0.0] * count)
+
+
+def _softmax(model: NextItNet) -> _Use:
+    partition, count = model.config.output_partition, model.config.output_partition.num_clusters
+    own = model.softmax.packed_weights()
+    nothing = torch.zeros(partition.embedding_dim, dtype=torch.float64)
+    tail_biases: Sequence[Tensor | None] = own.tail_biases or [None] * (count - 1)
+    return _Use(
+        partition, list(own.weights), _bases(partition, own.projections), [nothing] * count,
+        [own.head_bias, *tail_biases], [0.0] * count,
+    )  # fmt: skip
+
+
+def _set_rows(j: int, old_ids: Tensor, uses: Sequence[_Use], former: Sequence[_Use]) -> None:
+    """The rows of a cluster, which serve all of ``uses``, from what they were; biases are the first use's."""
+    partition, was = uses[0].partition, former[0].partition
+    lo, hi = partition.offsets[j : j + 2]
+    ids = old_ids[lo:hi]
+    known = ids >= 0
+    if not bool(known.any()):
+        return
+    stays = known & (former[0].level_of(ids) == j)
+    moves = known & ~stays
+    table, bias = uses[0].tables[j], uses[0].biases[j]
+    rows = table.new_zeros(hi - lo, table.shape[1])
+    constants = torch.zeros(hi - lo, dtype=torch.float64)
+    rows[stays] = former[0].tables[j][ids[stays] - was.offsets[j]].to(rows)
+    if (was_bias := former[0].biases[j]) is not None:
+        constants[stays] = was_bias[ids[stays] - was.offsets[j]].double()
+    if bool(moves.any()):
+        wanted = [use.vectors(ids[moves]) for use in former]
+        shifted = [vectors - use.shifts[j] for (vectors, _), use in zip(wanted, former, strict=True)]
+        rows[moves] = _nearest(shifted, [use.bases[j] for use in former]).to(rows)
+        constants[moves] = wanted[0][1] - former[0].constants[j]
+    rows[~known], constants[~known] = rows[known].mean(0), constants[known].mean()
+    table[: hi - lo] = rows
+    if bias is not None:
+        bias[: hi - lo] = constants.to(bias)
+
+
+def _nearest(vectors: Sequence[Tensor], bases: Sequence[Tensor | None]) -> Tensor:
+    """Rows (m, r) whose products with the bases (r, d) are nearest to the vectors (m, d), all bases weighing the same."""
+    if bases[0] is None:
+        return vectors[0]
+    wide = [basis.double() for basis in bases if basis is not None]
+    norms = [float(basis.norm()) or 1.0 for basis in wide]
+    together, targets = (
+        torch.cat([part / norm for part, norm in zip(parts, norms, strict=True)], 1) for parts in (wide, vectors)
+    )
+    solution: Tensor = torch.linalg.lstsq(together.T, targets.T, driver="gelsd").solution
+    return solution.T
+
+
+def _copy(here: Sequence[Tensor | None], there: Sequence[Tensor | None]) -> None:
+    for own, other in zip(here, there, strict=True):
+        if own is not None and other is not None:
+            own.copy_(other)
+
+
+def _check_alike(ours: NextItNetConfig, former: NextItNetConfig) -> None:
+    pairs = {
+        field.name: (getattr(former, field.name), getattr(ours, field.name))
+        for field in dataclasses.fields(ours)
+        if field.name not in FREE
+    }
+    for name in ("input", "output"):
+        pairs[f"{name} ranks"] = tuple(getattr(config, f"{name}_partition").ranks for config in (former, ours))
+    if apart := [f"{name} {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here]:
+        raise ValueError(f"a model can start from one of the same shape alone, but these differ: {'; '.join(apart)}")
+
+
+def _check_numbers(old_ids: Tensor, num_items: int, num_former: int) -> None:
+    if old_ids.shape != (num_items,) or old_ids.dtype != torch.int64:
+        raise ValueError(f"old_ids must be ({num_items},) int64, got {old_ids.dtype} of shape {tuple(old_ids.shape)}")
+    known = old_ids[old_ids >= 0]
+    if len(known) and int(known.max()) >= num_former:
+        raise ValueError(f"old_ids holds item {int(known.max())}, outside 0..{num_former - 1} of the former model")
+    values, counts = known.unique(return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"old_ids holds item {int(values[counts > 1][0])} more than once")

@@ -1,0 +1,365 @@
+"""A model goes on where an earlier one was, on items that came, went and changed clusters."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from cprec import checkpoint
+from cprec.data import prepare
+from cprec.exported import export
+from cprec.model import NextItNet, NextItNetConfig
+from cprec.training import TrainingConfig, train
+from cprec.warm_start import grown, read_former, start_from
+
+K, D = 40, 8
+MODELS = {
+    "plain": {"cutoffs": [], "ranks": [8]},
+    "apart": {"cutoffs": [10, 25], "ranks": [8, 4, 2]},
+    "tied": {"cutoffs": [10, 25], "ranks": [8, 6, 4], "tie_tails": True},
+    "tied with biases": {
+        "cutoffs": [10, 25],
+        "ranks": [8, 6, 4],
+        "tie_tails": True,
+        "head_bias": True,
+        "tail_bias": True,
+    },
+    "narrow head": {"cutoffs": [10, 25], "ranks": [6, 4, 2], "head_bias": True, "tail_bias": True},
+    "full rank": {"cutoffs": [10, 25], "ranks": [8, 8, 8], "head_bias": True, "tail_bias": True},
+    "two partitions": {"cutoffs": [10, 25], "ranks": [8, 4, 2], "output_cutoffs": [15], "output_ranks": [8, 3]},
+}
+
+
+def config_of(name, num_items=K, **changes):
+    options = {**MODELS[name], **changes}
+    return NextItNetConfig.from_plan(
+        num_items, D, options.pop("cutoffs"), options.pop("ranks"), dilations=(1, 2), **options
+    )
+
+
+def make(config, seed):
+    """Weights as of a trained model: large enough that tails' log-sum-exps move."""
+    torch.manual_seed(seed)
+    model = NextItNet(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("softmax", "embedding")):
+                parameter.normal_(std=0.6)
+        for table in model.embedding.embeddings:
+            table.mul_(0.9)
+        model.embedding.embeddings[-1][-1] = 0.0  # padding
+    return model
+
+
+def within_clusters(config):
+    """An order of the items that keeps everyone in every cluster of both partitions."""
+    bounds = sorted({0, K, *config.input_partition.cutoffs, *config.output_partition.cutoffs})
+    generator = torch.Generator().manual_seed(5)
+    pairs = itertools.pairwise(bounds)
+    return torch.cat([lo + torch.randperm(hi - lo, generator=generator) for lo, hi in pairs])
+
+
+def histories_of(num_items, rows=24):
+    items = torch.randint(num_items, (rows, 5), generator=torch.Generator().manual_seed(7))
+    items[0, :3] = num_items
+    return items
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_items_that_keep_their_clusters_keep_everything(name):
+    former, model = make(config_of(name), 0), make(config_of(name), 1)
+    old_ids = within_clusters(former.config)
+    carried = start_from(model, former, old_ids, histories_of(K))
+    assert carried == (K, 0, 0, 0)
+    items = histories_of(K)
+    before = torch.cat([old_ids, torch.tensor([K])])[items]
+    assert model(items).equal(former(before))
+    hidden = former(before)[:, -1]
+    torch.testing.assert_close(
+        model.softmax.log_prob(hidden), former.softmax.log_prob(hidden)[:, old_ids], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_new_items_are_the_mean_of_their_cluster_and_others_stay(name):
+    former, model = make(config_of(name), 0), make(config_of(name, K + 6), 1)
+    gone = [3, 12, 30, 31]
+    cutoffs = [0, *former.config.input_partition.cutoffs, K]
+    if name == "two partitions":
+        cutoffs = [0, 10, 15, 25, K]
+    old_ids = torch.arange(K)
+    # A new item takes the place of each that is gone, so that the others stay where they were; the rest come at the end.
+    old_ids[gone] = -1
+    old_ids = torch.cat([old_ids, torch.full((6,), -1)])
+    carried = start_from(model, former, old_ids, histories_of(K))
+    assert carried == (K - 4, 0, 10, 4)
+    known = (old_ids >= 0).nonzero()[:, 0]
+    assert model.embedding(known).equal(former.embedding(known))
+    own = model.embedding(torch.arange(K + 6)).detach()
+    last = [item for item in range(cutoffs[-2], K) if item not in gone]
+    torch.testing.assert_close(own[K:], own[last].mean(0).expand(6, D), rtol=1e-5, atol=1e-6)
+    assert not model.embedding(torch.tensor([K + 6])).any()
+    hidden = former(histories_of(K))[:, -1]
+    ours, theirs = model.softmax.log_prob(hidden), former.softmax.log_prob(hidden)
+    head = former.config.output_partition.sizes[0]
+    kept = [item for item in range(head) if item not in gone]
+    differences = (ours - theirs[:, :1] - (ours[:, :1] - theirs[:, :1]))[:, kept]  # of logits in the head
+    torch.testing.assert_close(differences, (theirs - theirs[:, :1])[:, kept], rtol=1e-4, atol=1e-4)
+
+
+def swapped(*pairs):
+    old_ids = torch.arange(K)
+    for one, other in pairs:
+        old_ids[[one, other]] = old_ids[[other, one]]
+    return old_ids
+
+
+def overall(former, hidden, item):
+    """(d,) and a constant: the linear form of an item's log-probability, without the head's log-sum-exp, in numpy."""
+    weights, partition = former.softmax.packed_weights(), former.config.output_partition
+    tables = [table.detach().double().numpy() for table in weights.weights]
+    projections = dict(
+        zip(partition.projected, (own.detach().double().numpy() for own in weights.projections), strict=True)
+    )
+    level = partition.cluster_of(item)
+    row = item - partition.offsets[level]
+    dense = tables[level] @ projections[level] if level in projections else tables[level]
+    head_bias = 0 if weights.head_bias is None else weights.head_bias.detach().double().numpy()
+    if level == 0:
+        return dense[row], (head_bias[row] if weights.head_bias is not None else 0.0)
+    size, parent = partition.sizes[level], partition.sizes[0] + level - 1
+    bias = weights.tail_biases[level - 1].detach().double().numpy() if weights.tail_biases else np.zeros(size)
+    logits = hidden @ dense[:size].T + bias
+    lse = np.log(np.exp(logits).sum(1))
+    fitted = np.linalg.lstsq(hidden, lse, rcond=None)[0]
+    head = tables[0] @ projections[0] if 0 in projections else tables[0]
+    constant = bias[row] + (head_bias[parent] if weights.head_bias is not None else 0.0)
+    return dense[row] + head[parent] - fitted, constant
+
+
+@pytest.mark.parametrize("name", ["apart", "full rank", "tied", "tied with biases"])
+def test_an_item_of_a_tail_enters_the_head_with_its_probability(name):
+    former, model = make(config_of(name), 0), make(config_of(name), 1)
+    old_ids = swapped((2, 33), (4, 12))
+    carried = start_from(model, former, old_ids, histories_of(K, 60))
+    assert carried.moved == 4
+    hidden = former(histories_of(K, 60))[:, -1].detach().double().numpy()
+    head = model.softmax.packed_weights()
+    for place, item in ((2, 33), (4, 12)):
+        vector, constant = overall(former, hidden, item)
+        np.testing.assert_allclose(head.weights[0][place].detach().numpy(), vector, rtol=1e-3, atol=1e-3)
+        if head.head_bias is not None:
+            assert head.head_bias[place].item() == pytest.approx(constant, abs=1e-5)
+        torch.testing.assert_close(model.embedding(torch.tensor(place)), former.embedding(torch.tensor(item)))
+
+
+def test_full_ranks_hold_an_item_in_every_cluster():
+    former, model = make(config_of("full rank"), 0), make(config_of("full rank"), 1)
+    old_ids = swapped((2, 33), (11, 34), (5, 14))
+    start_from(model, former, old_ids, histories_of(K, 60))
+    items = torch.arange(K)
+    torch.testing.assert_close(model.embedding(items), former.embedding(old_ids))
+    hidden = former(histories_of(K, 60))[:, -1].detach().double().numpy()
+    weights, partition = model.softmax.packed_weights(), model.config.output_partition
+    for place in (33, 11, 34, 14):  # tails: a vector is that of the overall form less what its new tail has in common
+        level = partition.cluster_of(place)
+        row = place - partition.offsets[level]
+        vector, constant = overall(former, hidden, int(old_ids[place]))
+        other = next(item for item in range(*partition.offsets[level : level + 2]) if old_ids[item] == item)
+        common, shared = overall(former, hidden, other)
+        own = former.softmax.packed_weights().weights[level][other - partition.offsets[level]].detach().double().numpy()
+        bias = former.softmax.packed_weights().tail_biases[level - 1][other - partition.offsets[level]].item()
+        np.testing.assert_allclose(
+            weights.weights[level][row].detach().numpy(), vector - (common - own), rtol=1e-3, atol=1e-3
+        )
+        assert weights.tail_biases[level - 1][row].item() == pytest.approx(constant - (shared - bias), abs=1e-5)
+
+
+def test_a_tied_row_is_the_nearest_for_both_of_its_uses():
+    former, model = make(config_of("tied"), 0), make(config_of("tied"), 1)
+    start_from(model, former, swapped((2, 33)), histories_of(K, 60))
+    hidden = former(histories_of(K, 60))[:, -1].detach().double().numpy()
+    level, place = 2, 33
+    row = model.embedding.embeddings[level][place - 25].detach().double().numpy()
+    inputs = model.embedding.projections[1].detach().double().numpy()
+    outputs = model.softmax.projections[1].detach().double().numpy()
+    embedded = former.embedding(torch.tensor(2)).detach().double().numpy()
+    common, _ = overall(former, hidden, 30)
+    own = former.softmax.packed_weights().weights[level][5].detach().double().numpy() @ outputs
+    logit = overall(former, hidden, 2)[0] - (common - own)
+    scales = np.linalg.norm(inputs), np.linalg.norm(outputs)
+    rest = np.concatenate([(row @ inputs - embedded) / scales[0], (row @ outputs - logit) / scales[1]])
+    basis = np.concatenate([inputs / scales[0], outputs / scales[1]], 1)
+    assert np.abs(basis @ rest).max() < 1e-3 * np.linalg.norm(rest)  # nothing is left that a row could still give
+    wanted = np.linalg.norm(np.concatenate([embedded / scales[0], logit / scales[1]]))
+    assert np.linalg.norm(rest) < wanted
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_changed():
+    former = make(config_of("apart"), 0)
+    others = {
+        "output ranks": config_of("apart", ranks=[8, 4, 1]),
+        "sharing 'none' there, 'cross-layer' here": config_of("apart", sharing="cross-layer"),
+        "tie_tails": config_of("tied"),
+        "head_bias": config_of("apart", head_bias=True),
+        "input ranks": config_of("plain"),
+    }
+    for message, config in others.items():
+        model = make(config, 1)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=f"these differ: .*{message}"):
+            start_from(model, former, torch.arange(K), histories_of(K))
+        assert all(before[name].equal(value) for name, value in model.state_dict().items())
+    model = make(config_of("apart"), 1)
+    for old_ids, message in (
+        (torch.arange(K - 1), r"must be \(40,\) int64, got torch.int64 of shape \(39,\)"),
+        (torch.arange(K).float(), "got torch.float32"),
+        (torch.arange(K) + 1, "holds item 40, outside 0..39"),
+        (torch.arange(K).clamp(max=20), "holds item 20 more than once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start_from(model, former, old_ids, histories_of(K))
+
+
+def test_a_catalogue_grows_in_its_last_cluster():
+    config = config_of("two partitions", dropout=0.2)
+    more = grown(config, 100, dropout=0.4)
+    assert (more.num_items, more.dropout) == (100, 0.4)
+    assert more.input_partition.sizes == (10, 15, 75)
+    assert more.output_partition.sizes == (15, 85)
+    assert grown(config, 26).input_partition.sizes == (10, 15, 1)
+    with pytest.raises(ValueError, match="the last cluster starts at item 25, of which 25 items leave none"):
+        grown(config, 25)
+
+
+# Runs and exports
+
+
+def walks(folder, name, seed, first, last, prefix="item"):
+    """Users who walk on a circle of the items first..last - 1, most of the time."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(300):
+        item, walk = int(rng.integers(first, last)), []
+        for _ in range(8):
+            walk.append(f"{prefix}{item}")
+            item = item + 1 if rng.random() < 0.9 and item + 1 < last else int(rng.integers(first, last))
+        lines.append(" ".join(walk))
+    (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return prepare(folder / f"{name}.txt", folder / name, format="sequences")
+
+
+CONFIG = TrainingConfig(length=6, batch_size=32, epochs=6, patience=0, seed=1, accelerator="cpu")
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """Data of items 0..49 and a run on it, its export, and later data of items 5..59."""
+    folder = tmp_path_factory.mktemp("earlier")
+    data = walks(folder, "old", 0, 0, 50)
+    config = NextItNetConfig.from_plan(50, D, [20, 35], [8, 6, 4], dilations=(1,), tie_tails=True)
+    train(data, config, CONFIG, folder / "run", progress=False)
+    export(folder / "run", folder / "model")
+    walks(folder, "new", 1, 5, 60)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["run", "model"])
+def test_training_goes_on_where_the_earlier_model_was(earlier, tmp_path, kind, monkeypatch, capfd):
+    from cprec.data import PreparedData
+
+    data = PreparedData.open(earlier / "new")
+    config = grown(checkpoint.read_config(earlier / kind)[0], data.num_items)
+    anew = train(data, config, CONFIG, tmp_path / "anew", progress=False)
+    warm = dataclasses.replace(CONFIG, epochs=1, start_from=str(earlier / kind))
+    first = train(data, config, warm, tmp_path / "warm", progress=True)
+    assert "45 items known (" in capfd.readouterr().err
+    assert first.history[0].train_loss < anew.history[2].train_loss
+    assert first.validation.model.ndcg[10] > anew.history[0].validation["ndcg@10"]
+    monkeypatch.setattr("cprec.warm_start.read_former", lambda *_: pytest.fail("started again"))
+    on = dataclasses.replace(warm, epochs=2)
+    whole = train(data, config, on, tmp_path / "warm", resume=True, progress=False)
+    assert len(whole.history) == 2
+    with pytest.raises(ValueError, match="start_from"):
+        train(data, config, dataclasses.replace(CONFIG, epochs=9), tmp_path / "warm", resume=True, progress=False)
+
+
+def test_the_same_catalogue_gives_the_same_model(earlier):
+    from cprec.data import PreparedData
+    from cprec.warm_start import initialise
+
+    data = PreparedData.open(earlier / "old")
+    former = read_former(earlier / "run")
+    model = NextItNet(former.model.config)
+    assert initialise(model, data, earlier / "model", length=6) == (50, 0, 0, 0)
+    assert all(value.equal(former.model.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_start_that_does_not_come_about_leaves_nothing(earlier, tmp_path):
+    from cprec.data import PreparedData
+
+    data = PreparedData.open(earlier / "new")
+    config = grown(checkpoint.read_config(earlier / "run")[0], data.num_items)
+    warm = dataclasses.replace(CONFIG, epochs=1, start_from=str(earlier / "run"))
+    with pytest.raises(ValueError, match="these differ: sharing 'none' there, 'cross-layer' here"):
+        train(data, dataclasses.replace(config, sharing="cross-layer"), warm, tmp_path / "run", progress=False)
+    with pytest.raises(checkpoint.CheckpointError, match="nothing-there"):
+        train(
+            data, config, dataclasses.replace(warm, start_from=str(tmp_path / "nothing-there")), tmp_path / "run",
+            progress=False,
+        )  # fmt: skip
+    strangers = walks(tmp_path, "strangers", 2, 0, 50, prefix="product")
+    with pytest.raises(ValueError, match=r"none of the 50 items of .* written alike"):
+        train(strangers, dataclasses.replace(grown(config, 50)), warm, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    before = (earlier / "run" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="is the run to start from, and would be replaced"):
+        train(data, config, warm, earlier / "run", overwrite=True, progress=False)
+    assert (earlier / "run" / "config.json").read_bytes() == before
+
+
+def test_a_run_whose_data_is_gone_asks_for_an_export(earlier, tmp_path):
+    shutil.copytree(earlier / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["data"]["folder"] = str(tmp_path / "gone")
+    path.write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match=r"does not say which item is which: .*gone.* Start from an export"):
+        read_former(tmp_path / "run")
+    config["data"] = {**config["data"], "folder": str(earlier / "new")}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="Start from an export"):
+        read_former(tmp_path / "run")
+
+
+def test_settings_that_exclude_each_other():
+    assert "start_from" not in TrainingConfig().to_dict()
+    assert TrainingConfig.from_dict(TrainingConfig(start_from="run").to_dict()).start_from == "run"
+    with pytest.raises(ValueError, match="both say where item vectors start"):
+        TrainingConfig(init="als", start_from="run")
+    with pytest.raises(ValueError, match="start_from must be a folder's name or None, got 3"):
+        TrainingConfig(start_from=3)
+
+
+def test_the_command_takes_shape_and_length_from_the_model(run, earlier, tmp_path):
+    new, fast = earlier / "new", ("--epochs", 1, "--batch-size", 32, "--accelerator", "cpu")
+    _, err = run("train", new, "-o", tmp_path / "run", "--from", earlier / "model", "--dropout", 0.3, *fast)
+    assert "started from" in err
+    assert "10 new, 5 gone" in err
+    model, sections = checkpoint.read_config(tmp_path / "run")
+    assert (model.embedding_dim, model.tie_tails, model.dropout, model.dilations) == (D, True, 0.3, (1,))
+    assert sections["training"]["length"] == 6
+    assert sections["training"]["start_from"] == str((earlier / "model").resolve())
+    _, err = run("train", new, "-o", tmp_path / "b", "--from", earlier / "run", "--dim", 16, "--twin", *fast, expect=1)
+    assert "which --dim, --twin cannot change" in err.replace("\n", " ")
+    _, err = run("train", new, "-o", tmp_path / "b", "--from", tmp_path / "none", *fast, expect=1)
+    assert "none" in err
+    _, err = run("train", new, "-o", tmp_path / "b", "--from", earlier / "run", "--init", "als", *fast, expect=1)
+    assert "leave one out" in err
+    assert not (tmp_path / "b").exists()
