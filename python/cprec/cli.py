@@ -271,7 +271,8 @@ def recommend(
     histories: Annotated[
         str,
         typer.Argument(
-            help="File of histories: a sequence per line, user<TAB>items, or JSON lines. '-': standard input."
+            help="File of histories: a sequence per line, user<TAB>items, or JSON lines; '-': standard input. Or a prepared "
+            "folder: all of its users, with all that they did."
         ),
     ] = "-",
     out: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ HISTORY_FORMATS: tuple[HistoryFormat, ...] = ("sequences", "users", "jsonl")
 COLUMNS = ("user", "rank", "item", "score", "fallback")
 OUTPUT_FORMATS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 STDIO = "-"
+PREPARED_USERS = 1 << 14  # whose items are looked up together
 # What an id does not begin or end with; it may hold other white space, and other than blanks and tabs within.
 BLANK = " \t\r\f\v\ufeff"
 
@@ -42,19 +44,27 @@ def read_histories(source: str | Path | IO[bytes], *, format: HistoryFormat | No
     """Read histories one by one; nothing is kept in memory.
 
     Args:
-        source: a path, ``"-"`` for standard input, or a binary stream. UTF-8; blank lines are skipped.
+        source: a path, ``"-"`` for standard input, or a binary stream. UTF-8; blank lines are skipped. Or a folder of ``cprec
+            prepare``, for all of its users: what was hidden for validation and test belongs to their histories.
         format: ``"sequences"`` (items separated by spaces or, if there is a comma in the line, by commas; the user is
             the line number), ``"users"`` (``user<TAB>items``) or ``"jsonl"`` (``{"user": ..., "items": [...]}``;
             without a user, the line number). By default told by the first line that is not blank.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that does not fit the format, with its number; an unknown format; or no history at all.
+        DataError: a folder that is not a prepared one, or is damaged.
+        ValueError: a line that does not fit the format, with its number; an unknown format, or one for a folder; or no
+            history at all.
     """
     if format is not None and format not in HISTORY_FORMATS:
         raise ValueError(f"unknown history format {format!r}; known are {', '.join(HISTORY_FORMATS)}")
     if isinstance(source, str | Path) and str(source) != STDIO:
         path = Path(source)
+        if path.is_dir():
+            if format is not None:
+                raise ValueError(f"{path} is a folder, which has no history format {format!r}: leave the format out")
+            yield from _prepared(path)
+            return
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file of histories")
         with path.open("rb") as stream:
@@ -65,6 +75,18 @@ def read_histories(source: str | Path | IO[bytes], *, format: HistoryFormat | No
         yield from _parse(sys.stdin.buffer, "standard input", format)
     else:
         yield from _parse(source, str(getattr(source, "name", "input")), format)
+
+
+def _prepared(folder: Path) -> Iterator[History]:
+    from cprec.data import PreparedData
+
+    data = PreparedData.open(folder)
+    for start in range(0, data.num_users, PREPARED_USERS):
+        users = data.user_ids[start : start + PREPARED_USERS].to_list()
+        parts = [data.sequences[start + index] for index in range(len(users))]
+        items = iter(data.catalogue.decode(itertools.chain.from_iterable(part.tolist() for part in parts)))
+        for user, part in zip(users, parts, strict=True):
+            yield History(user, list(itertools.islice(items, len(part))))
 
 
 def _parse(stream: IO[bytes], name: str, format: HistoryFormat | None) -> Iterator[History]:

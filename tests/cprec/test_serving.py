@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 
-from cprec.data import prepare
+from cprec.data import DataError, prepare
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.ranking import items_to_exclude, pad_left
 from cprec.serving import (
@@ -24,6 +24,12 @@ from cprec.serving import (
 )
 
 LENGTH = 4
+LOG = "user,item,time\n" + "".join(
+    f"u{user},i{(3 * user + 5 * step) % 23},{100 * step + user}\n"
+    for step in range(7)
+    for user in range(30)
+    if step <= user % 7
+)
 
 
 @pytest.fixture(scope="module")
@@ -341,3 +347,32 @@ def test_links_stay_links_and_pipes_are_written_to(result, tmp_path):
     os.close(read_end)
     assert pipe.is_fifo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.csv", "pipe.csv", "real.csv"]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 1000])
+def test_a_prepared_folder_gives_the_histories_of_all_its_users(tmp_path, monkeypatch, at_a_time):
+    monkeypatch.setattr("cprec.serving_io.PREPARED_USERS", at_a_time)
+    (tmp_path / "log.csv").write_text(LOG)
+    prepare(tmp_path / "log.csv", tmp_path / "data")
+    wanted = {}
+    for line in sorted(LOG.splitlines()[1:], key=lambda line: int(line.split(",")[2])):
+        user, item, _ = line.split(",")
+        wanted.setdefault(user, []).append(item)
+    given = list(read_histories(tmp_path / "data"))
+    assert len(given) == 30
+    assert {history.user: history.items for history in given} == wanted
+    with pytest.raises(ValueError, match="is a folder, which has no history format 'users'"):
+        list(read_histories(tmp_path / "data", format="users"))
+    with pytest.raises(DataError, match="is not a prepared folder"):
+        list(read_histories(tmp_path))
+
+
+def test_users_of_other_data_are_served_by_what_the_model_knows(catalogue, model, tmp_path):
+    (tmp_path / "later.txt").write_text("i3 i5 new1\nnew2 new3\ni7\n")
+    prepare(tmp_path / "later.txt", tmp_path / "later", format="sequences")
+    found = recommend(model, catalogue, read_histories(tmp_path / "later"), 3, length=LENGTH, warn_unknown=False)
+    rows = rows_by_user(found)
+    assert [len(own) for own in rows.values()] == [3, 3, 3]
+    assert (found.users, found.fallbacks, found.unknown.count) == (3, 1, 3)
+    told = recommend(model, catalogue, [["i3", "i5"], [], ["i7"]], 3, length=LENGTH)
+    assert list(rows_by_user(told).values()) == list(rows.values())
