@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cprec.model import NextItNetConfig
 
 DEFAULT_CUTOFFS = "0.05,0.2"
+MODEL = "Model"  # the options that give a model its shape
 
 
 class Sharing(enum.StrEnum):
@@ -84,34 +85,34 @@ class Part(enum.StrEnum):
 
 
 # Options that train and info share.
-Dim = Annotated[int, typer.Option("--dim", help="Width d of the model.", rich_help_panel="Model")]
+Dim = Annotated[int, typer.Option("--dim", help="Width d of the model.", rich_help_panel=MODEL)]
 Cutoffs = Annotated[
     str | None,
     typer.Option(
         help="Where the catalogue, sorted by frequency, is cut: item numbers (500,4000) or fractions of it (0.05,0.2). "
         "'none' for one cluster. Default: 0.05,0.2.",
-        rich_help_panel="Model",
+        rich_help_panel=MODEL,
     ),
 ]
 Ranks = Annotated[
     str | None,
     typer.Option(help="Columns kept per cluster, falling, one more than cutoffs. Default: d, d/4, d/16, ...",
-                 rich_help_panel="Model"),
+                 rich_help_panel=MODEL),
 ]  # fmt: skip
 SoftmaxCutoffs = Annotated[
     str | None,
-    typer.Option(help="Other cutoffs for the softmax alone. Default: those of --cutoffs.", rich_help_panel="Model"),
+    typer.Option(help="Other cutoffs for the softmax alone. Default: those of --cutoffs.", rich_help_panel=MODEL),
 ]
 SoftmaxRanks = Annotated[
     str | None,
-    typer.Option(help="Other ranks for the softmax alone. Default: those of --ranks.", rich_help_panel="Model"),
+    typer.Option(help="Other ranks for the softmax alone. Default: those of --ranks.", rich_help_panel=MODEL),
 ]
 Compression = Annotated[
     float | None,
     typer.Option(
         help="Choose cutoffs and ranks from item counts, for at least so many times fewer parameters than the twin "
         "(`cprec plan` shows what that costs). Instead of --cutoffs and --ranks.",
-        rich_help_panel="Model",
+        rich_help_panel=MODEL,
     ),
 ]
 TieTails = Annotated[
@@ -120,33 +121,33 @@ TieTails = Annotated[
         "--tie-tails/--no-tie-tails",
         help="Embedding and softmax share the rows of all clusters but the first: ranks cost half there. Default: yes with "
         "--compression, unless embeddings are sparse; else no.",
-        rich_help_panel="Model",
+        rich_help_panel=MODEL,
     ),
 ]
 Twin = Annotated[
-    bool, typer.Option("--twin", help="The uncompressed model: one cluster, full rank.", rich_help_panel="Model")
+    bool, typer.Option("--twin", help="The uncompressed model: one cluster, full rank.", rich_help_panel=MODEL)
 ]
 Dilations = Annotated[
-    str, typer.Option(help="Dilation of every block, in order: 1,4 twice sees 61 items.", rich_help_panel="Model")
+    str, typer.Option(help="Dilation of every block, in order: 1,4 twice sees 61 items.", rich_help_panel=MODEL)
 ]
-Repeats = Annotated[int, typer.Option(help="How often the list of dilations is repeated.", rich_help_panel="Model")]
-KernelSize = Annotated[int, typer.Option(help="Taps of a convolution.", rich_help_panel="Model")]
-BlockKind = Annotated[Block, typer.Option("--block", help="Kind of residual block.", rich_help_panel="Model")]
+Repeats = Annotated[int, typer.Option(help="How often the list of dilations is repeated.", rich_help_panel=MODEL)]
+KernelSize = Annotated[int, typer.Option(help="Taps of a convolution.", rich_help_panel=MODEL)]
+BlockKind = Annotated[Block, typer.Option("--block", help="Kind of residual block.", rich_help_panel=MODEL)]
 SharingKind = Annotated[
-    Sharing, typer.Option("--sharing", help="Which blocks share parameters.", rich_help_panel="Model")
+    Sharing, typer.Option("--sharing", help="Which blocks share parameters.", rich_help_panel=MODEL)
 ]
 Dropout = Annotated[
-    float, typer.Option(help="Dropout probability; sparse catalogues gain from 0.5.", rich_help_panel="Model")
+    float, typer.Option(help="Dropout probability; sparse catalogues gain from 0.5.", rich_help_panel=MODEL)
 ]
-Smoothing = Annotated[float, typer.Option(help="Label smoothing of the softmax, per level.", rich_help_panel="Model")]
-HeadBias = Annotated[bool, typer.Option("--head-bias", help="A bias in the head.", rich_help_panel="Model")]
-TailBias = Annotated[bool, typer.Option("--tail-bias", help="A bias in every tail.", rich_help_panel="Model")]
+Smoothing = Annotated[float, typer.Option(help="Label smoothing of the softmax, per level.", rich_help_panel=MODEL)]
+HeadBias = Annotated[bool, typer.Option("--head-bias", help="A bias in the head.", rich_help_panel=MODEL)]
+TailBias = Annotated[bool, typer.Option("--tail-bias", help="A bias in every tail.", rich_help_panel=MODEL)]
 SparseEmbedding = Annotated[
     bool,
     typer.Option(
         "--sparse-embedding",
         help="Sparse gradients for item tables: steps cost time for the rows of a batch alone.",
-        rich_help_panel="Model",
+        rich_help_panel=MODEL,
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
@@ -238,7 +239,7 @@ def _clusters(cutoffs: str, ranks: str | None, dim: int, side: str) -> tuple[lis
     return cuts, falling if ranks is None else whole_numbers(ranks, f"--{side}ranks")
 
 
-def announce_model(data: str, config: NextItNetConfig, length: int, *, planned: bool) -> None:
+def announce_model(data: str, config: NextItNetConfig, length: int, *, planned: bool, note: str | None = None) -> None:
     """Say what is about to be trained: once, however many processes Lightning starts for it."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
@@ -256,6 +257,8 @@ def announce_model(data: str, config: NextItNetConfig, length: int, *, planned: 
         partition = config.input_partition
         tied = ", tails tied" if config.tie_tails else ""
         typer.echo(f"planned: cutoffs {list(partition.cutoffs)}, ranks {list(partition.ranks)}{tied}")
+    if note is not None:
+        typer.echo(note)
 
 
 def tails_of_run(folder: Path) -> bool | None:
@@ -296,7 +299,7 @@ def grown_model(context: typer.Context, former: Path, num_items: int, **changes:
     shape = [
         max(parameter.opts, key=len)
         for parameter in context.command.params
-        if getattr(parameter, "rich_help_panel", None) == "Model"
+        if getattr(parameter, "rich_help_panel", None) == MODEL
         and parameter.name not in changes
         and typed(context, str(parameter.name))
     ]
@@ -306,7 +309,8 @@ def grown_model(context: typer.Context, former: Path, num_items: int, **changes:
             "anew without --from"
         )
     config, sections = checkpoint.read_config(former)
-    length = sections.get("export", sections.get("training", {})).get("length")
+    section = sections.get("export", sections.get("training"))
+    length = section.get("length") if isinstance(section, dict) else None
     if not isinstance(length, int) or length < 1:
         raise ValueError(
             f"{former / checkpoint.CONFIG_NAME} is that of neither a run nor an export: it lacks their length"

@@ -40,6 +40,11 @@ from cprec.cli_options import (
     typed,
 )
 
+USER_SPLIT = (
+    "note: the data is split by users, drawn anew for every folder, so the earlier model may have been trained on those who are "
+    "held out now: figures would flatter. --split leave-one-out and time hold out what is newest"
+)
+
 
 def train(
     context: typer.Context,
@@ -105,6 +110,7 @@ def train(
     The run folder holds config.json, weights.safetensors, metrics.json, curve.png and logs. A run that was killed goes
     on with the same command and --resume.
     """
+    from cprec.checkpoint import CONFIG_NAME
     from cprec.data import PreparedData
     from cprec.training import TrainingConfig
     from cprec.training import train as train_model
@@ -113,9 +119,11 @@ def train(
     if resume and tie_tails is None:
         tie_tails = tails_of_run(out)
     if start_from is not None:
+        goes_on = resume and (out / CONFIG_NAME).is_file()  # then the run itself says what it is
         model_config, former_length = grown_model(
-            context, start_from, prepared.num_items, dropout=dropout, label_smoothing=label_smoothing
-        )
+            context, out if goes_on else start_from, prepared.num_items, dropout=dropout, label_smoothing=label_smoothing,
+            sparse_embedding=sparse_embedding,
+        )  # fmt: skip
         length = length if typed(context, "length") else former_length
     else:
         model_config = make_model_config(
@@ -129,9 +137,12 @@ def train(
         warmup_steps=warmup_steps, gradient_clip=gradient_clip, precision="bf16-mixed" if bf16 else "32-true",
         patience=patience, seed=seed, init=init.value, accelerator=accelerator,
         devices=int(devices) if devices.isdecimal() else devices, strategy=strategy, workers=workers,
-        checkpoint_every=checkpoint_every, start_from=None if start_from is None else str(start_from.resolve()),
+        checkpoint_every=checkpoint_every, start_from=None if start_from is None else str(start_from),
     )  # fmt: skip
-    announce_model(prepared.name, model_config, length, planned=compression is not None)
+    drawn = start_from is not None and prepared.meta["options"]["split"] == "user"
+    announce_model(
+        prepared.name, model_config, length, planned=compression is not None, note=USER_SPLIT if drawn else None
+    )
     result = train_model(
         prepared, model_config, training_config, out, resume=resume, overwrite=overwrite, progress=not quiet
     )

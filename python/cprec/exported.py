@@ -124,22 +124,22 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
     """
     folder = Path(folder)
     config, sections = checkpoint.read_config(folder)
-    path = folder / ITEMS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; 'cprec export' makes folders that can be loaded")
+    items, counts = read_items(folder, config.num_items)
     length = sections.get("export", {}).get("length")
     if not isinstance(length, int) or length < 1:
         raise ValueError(f"{folder / checkpoint.CONFIG_NAME} lacks export.length: export the run again")
-    items, counts = _read_items(path)
-    if len(items) != config.num_items:
-        raise ValueError(
-            f"{path}: holds {len(items):,} items, the model has {config.num_items:,}: export the run again"
-        )
     return ExportedModel(checkpoint.load(folder, device), items, counts, length)
 
 
-def _read_items(path: Path) -> tuple[list[str], list[int]]:
-    """Raw ids and training counts. Raises ValueError that names the line."""
+def read_items(folder: Path, num_items: int) -> tuple[list[str], list[int]]:
+    """Raw ids and training counts of an exported folder whose model has so many items.
+
+    Raises:
+        FileNotFoundError: it has none. ValueError: another number of them, or a damaged line, which is named.
+    """
+    path = folder / ITEMS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; 'cprec export' makes folders that can be loaded")
     lines = path.read_bytes().splitlines()
     try:
         rows = json.loads(b"[" + b",".join(lines) + b"]")  # one call is much faster than one per line
@@ -159,6 +159,8 @@ def _read_items(path: Path) -> tuple[list[str], list[int]]:
         for number, item in enumerate(items, start=1):
             if (earlier := lines_of.setdefault(item, number)) != number:
                 raise ValueError(f"{path}:{number}: item {item!r} is that of line {earlier}, too; export the run again")
+    if len(items) != num_items:
+        raise ValueError(f"{path}: holds {len(items):,} items, the model has {num_items:,}: export the run again")
     return items, [row[1] for row in rows]
 
 

@@ -48,6 +48,8 @@ class RunConfig:
 
     @classmethod
     def of(cls, data: PreparedData, model: NextItNetConfig, training: TrainingConfig) -> RunConfig:
+        if training.start_from is not None:  # as the data: a resumed run may be in another working directory
+            training = dataclasses.replace(training, start_from=str(Path(training.start_from).resolve()))
         return cls(model, training, str(Path(data.folder).resolve()), data.name, data.fingerprint)
 
     def sections(self) -> dict[str, dict[str, Any]]:

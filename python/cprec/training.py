@@ -180,7 +180,7 @@ def train(
         )
     run_config = RunConfig.of(data, model_config, config)
     folder = RunFolder(Path(out))
-    if config.start_from is not None and folder.path.resolve() == Path(config.start_from).resolve():
+    if str(folder.path.resolve()) == run_config.training.start_from:
         raise ValueError(f"{out} is the run to start from, and would be replaced: choose another folder")
     with _quiet_lightning(), _kept_random_state():
         from lightning.fabric.utilities.rank_zero import rank_zero_only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -76,10 +77,15 @@ class TrainingConfig:
         for name, known in (("precision", PRECISIONS), ("init", INITIALISATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        folder: object = self.start_from
+        if isinstance(folder, os.PathLike):
+            object.__setattr__(self, "start_from", os.fspath(folder))
         if self.start_from is not None and not (isinstance(self.start_from, str) and self.start_from):
             raise ValueError(f"start_from must be a folder's name or None, got {self.start_from!r}")
         if self.start_from is not None and self.init != "random":
-            raise ValueError(f"init {self.init!r} and start_from both say where item vectors start: leave one out")
+            raise ValueError(
+                f"init {self.init!r} and start_from (--init, --from) both say where item vectors start: leave one out"
+            )
         if not isinstance(self.strategy, str):
             raise ValueError(f"strategy must be a name, got {self.strategy!r}")
         if self.strategy.startswith(SHARDED_STRATEGIES):

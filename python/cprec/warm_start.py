@@ -2,7 +2,7 @@
 
 Items are matched by their raw ids. Blocks, projections, parent labels and the rows of items that stay in their cluster
 are copied. An item that changes clusters gets the row of its new cluster that is nearest to what it was; one that the
-former model did not know starts as the mean of its cluster.
+former model did not know starts as the mean of those of its cluster that it did.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 4  # hidden states per column, which a tail's log-sum-exp is fitted to
 RIDGE = 1e-6  # of the mean square of a column
+CHUNK = 1 << 16  # items whose vectors are there together
 FREE = {"num_items", "input_partition", "output_partition", "dropout", "label_smoothing", "sparse_embedding"}
 
 
@@ -54,22 +56,25 @@ def read_former(folder: str | os.PathLike[str]) -> Former:
 
     Raises:
         CheckpointError: no model there, or a damaged one.
-        FileNotFoundError, ValueError: the run's data is no longer there, or is other data; an export is damaged.
+        FileNotFoundError, ValueError: the run has no weights yet, or its data is no longer there or is other data; an export
+            is damaged.
     """
-    from cprec.exported import load
+    from cprec.exported import read_items
     from cprec.run_folder import RunConfig
 
-    _, sections = checkpoint.read_config(folder)
+    folder = Path(folder)
+    config, sections = checkpoint.read_config(folder)
     if "export" in sections:
-        exported = load(folder)
-        return Former(exported.model, exported.items)
+        return Former(checkpoint.load(folder).eval(), read_items(folder, config.num_items)[0])
     run = RunConfig.read(folder)
+    if not (folder / checkpoint.WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(f"{folder} has no {checkpoint.WEIGHTS_NAME} yet: no epoch of that run has finished")
     try:
         catalogue = run.open_data().catalogue
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(
-            f"{os.fspath(folder)} does not say which item is which: {error}. Start from an export: cprec export, made while "
-            "the data of the run is there"
+            f"{folder} does not say which item is which without its data: {error}. Or start from an export: cprec export "
+            f"{folder} --data FOLDER --out MODEL"
         ) from error
     return Former(checkpoint.load(folder).eval(), catalogue.raw_ids)
 
@@ -115,7 +120,7 @@ def initialise(model: NextItNet, data: PreparedData, folder: str | os.PathLike[s
             f"{former.items[0]!r} there and {data.catalogue.decode([0])[0]!r} here, written alike?"
         )
     count = min(len(data.train), SAMPLES * model.config.embedding_dim)
-    chosen = torch.linspace(0, len(data.train) - 1, count).long().tolist()
+    chosen = [index * (len(data.train) - 1) // max(1, count - 1) for index in range(count)]
     former_items = [old_ids[torch.from_numpy(data.train[index].astype("int64"))] for index in chosen]
     histories = [items[items >= 0].tolist() for items in former_items]
     return start_from(model, former.model, old_ids, pad_left(histories, length, former.model.padding_id))
@@ -127,26 +132,35 @@ def start_from(model: NextItNet, former: NextItNet, old_ids: Tensor, histories: 
 
     Where an item moves between levels of the softmax, its log-probability there has to be made a logit here, and holds
     its tail's log-sum-exp: in the place of that stands the linear function nearest to it over the hidden states of
-    ``histories``.
+    ``histories``. A cluster none of whose items was known keeps its rows.
 
     Args:
-        model: what gets them; of the same shape but for its items, with clusters of the same ranks.
+        model: what gets them; of the same shape but for its items, with clusters of the same ranks. On the CPU.
+        former: another model, on the CPU.
         old_ids: (K,) int64, the number that each item had, -1 for a new one; none twice.
         histories: (N, L) int64 items of the former model, padded on the left.
 
     Raises:
-        ValueError: the two differ in more than items; numbers that are out of range, or there twice.
+        ValueError: the two differ in more than items, are one, or are not on the CPU; numbers that are out of range, or
+            there twice.
+        IndexError: histories of other items. Nothing has been changed then.
     """
-    _check_alike(model.config, former.config)
+    _check_alike(model, former)
     _check_numbers(old_ids, model.config.num_items, former.config.num_items)
+    softmax, was_softmax = _softmax(model), _softmax(former)
+    level, was_level = softmax.level_of(torch.arange(len(old_ids))), was_softmax.level_of(old_ids)
+    known = int((old_ids >= 0).sum())
+    moved = int(((old_ids >= 0) & (level != was_level)).sum())
+    if moved:
+        was_training = former.training
+        hidden = former.eval()(histories)[:, -1]
+        former.train(was_training)
+        firsts = torch.tensor(former.config.output_partition.offsets[:-1]).expand(len(hidden), -1)
+        was_softmax = was_softmax.around(hidden, former.softmax.score(hidden, firsts))
+
     model.backbone.load_state_dict(former.backbone.state_dict())
     embedding, was_embedding = _embedding(model), _embedding(former)
     _copy(embedding.bases, was_embedding.bases)
-    was_training = former.training
-    hidden = former.eval()(histories)[:, -1]
-    former.train(was_training)
-    firsts = torch.tensor(former.config.output_partition.offsets[:-1]).expand(len(hidden), -1)
-    softmax, was_softmax = _softmax(model), _softmax(former).around(hidden, former.softmax.score(hidden, firsts))
     _copy(softmax.bases, was_softmax.bases)
     parents, was_parents = (slice(own.partition.sizes[0], None) for own in (softmax, was_softmax))
     softmax.tables[0][parents] = was_softmax.tables[0][was_parents]
@@ -159,9 +173,6 @@ def start_from(model: NextItNet, former: NextItNet, old_ids: Tensor, histories: 
         both = tied and j > 0
         uses, former_uses = ([softmax, embedding], [was_softmax, was_embedding]) if both else ([softmax], [was_softmax])
         _set_rows(j, old_ids, uses, former_uses)
-    level, was_level = softmax.level_of(torch.arange(len(old_ids))), was_softmax.level_of(old_ids)
-    known = int((old_ids >= 0).sum())
-    moved = int(((old_ids >= 0) & (level != was_level)).sum())
     return Carried(known, moved, len(old_ids) - known, former.config.num_items - known)
 
 
@@ -173,6 +184,7 @@ class _Use:
         partition: of the items. tables: (k_j or more, r_j) per cluster. bases: (r_j, d), or None for full rank.
         shifts: (d,) fp64, what the items of a cluster have in common. biases: (k_j or more,) or None.
         constants: what their biases have in common.
+        unit: (d,) fp64, whose products with hidden states are as near to 1 as a vector's can be.
     """
 
     partition: Partition
@@ -181,6 +193,7 @@ class _Use:
     shifts: list[Tensor]
     biases: list[Tensor | None]
     constants: list[float]
+    unit: Tensor
 
     def level_of(self, ids: Tensor) -> Tensor:
         return torch.bucketize(ids, torch.tensor(self.partition.cutoffs, dtype=torch.int64), right=True)
@@ -200,27 +213,32 @@ class _Use:
         return vectors, constants
 
     def around(self, hidden: Tensor, firsts: Tensor) -> _Use:
-        """Of a softmax: with shifts that make an item's product with a hidden state its log-probability, but for what all
-        items have in common.
+        """Of a softmax: with shifts and constants that make an item's logit its log-probability, but for what all items
+        have in common.
 
         Args:
             hidden: (N, d). firsts: (N, n), log-probabilities of the first item of every level. They tell its log-sum-exp.
         """
         hidden, firsts = hidden.double(), firsts.double()
-        gram = hidden.T @ hidden
-        gram += RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny) * torch.eye(len(gram))
-        sizes, offsets = self.partition.sizes, self.partition.offsets
-        head = dataclasses.replace(
-            self, partition=Partition(len(self.tables[0]), (), self.partition.ranks[:1], len(gram))
-        )
-        labels, label_biases = head.vectors(torch.arange(sizes[0], len(self.tables[0])))
-        vectors, constants = self.vectors(torch.tensor(offsets[:-1]))
+        labels = self.tables[0][self.partition.sizes[0] :].double()
+        if (basis := self.bases[0]) is not None:
+            labels = labels @ basis.double()
+        bias = self.biases[0]
+        label_biases = labels.new_zeros(len(labels)) if bias is None else bias[self.partition.sizes[0] :].double()
+        vectors, constants = self.vectors(torch.tensor(self.partition.offsets[:-1]))
         own = hidden @ vectors.T + constants - firsts  # (N, n): the head's log-sum-exp, and what tails add to it
-        shifts = [self.shifts[0]]
-        for j, (label, bias) in enumerate(zip(labels, label_biases, strict=True), start=1):
-            lse = own[:, j] - own[:, 0] + hidden @ label + bias
-            shifts.append(label - torch.linalg.solve(gram, hidden.T @ lse))
-        return dataclasses.replace(self, shifts=shifts, constants=[0.0, *label_biases.tolist()])
+        lse = own[:, 1:] - own[:, :1] + hidden @ labels.T + label_biases
+        columns = torch.cat([hidden, torch.ones(len(hidden), 1)], 1)
+        gram = columns.T @ columns
+        inner = gram[:-1, :-1]
+        inner.diagonal().add_(RIDGE * inner.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+        fitted = torch.linalg.solve(gram, columns.T @ lse)  # (d + 1, n - 1)
+        return dataclasses.replace(
+            self,
+            shifts=[self.shifts[0], *(labels - fitted[:-1].T)],
+            constants=[0.0, *(label_biases - fitted[-1]).tolist()],
+            unit=torch.linalg.solve(inner, hidden.sum(0)),
+        )
 
 
 def _bases(partition: Partition, projections: Sequence[Tensor]) -> list[Tensor | None]:
@@ -233,7 +251,7 @@ def _embedding(model: NextItNet) -> _Use:
     own = model.embedding
     bases = _bases(partition, list(own.projections))
     nothing = torch.zeros(partition.embedding_dim, dtype=torch.float64)
-    return _Use(partition, list(own.embeddings), bases, [nothing] * count, [None] * count, [0.0] * count)
+    return _Use(partition, list(own.embeddings), bases, [nothing] * count, [None] * count, [0.0] * count, nothing)
 
 
 def _softmax(model: NextItNet) -> _Use:
@@ -243,7 +261,7 @@ def _softmax(model: NextItNet) -> _Use:
     tail_biases: Sequence[Tensor | None] = own.tail_biases or [None] * (count - 1)
     return _Use(
         partition, list(own.weights), _bases(partition, own.projections), [nothing] * count,
-        [own.head_bias, *tail_biases], [0.0] * count,
+        [own.head_bias, *tail_biases], [0.0] * count, nothing,
     )  # fmt: skip
 
 
@@ -263,11 +281,13 @@ def _set_rows(j: int, old_ids: Tensor, uses: Sequence[_Use], former: Sequence[_U
     rows[stays] = former[0].tables[j][ids[stays] - was.offsets[j]].to(rows)
     if (was_bias := former[0].biases[j]) is not None:
         constants[stays] = was_bias[ids[stays] - was.offsets[j]].double()
-    if bool(moves.any()):
-        wanted = [use.vectors(ids[moves]) for use in former]
-        shifted = [vectors - use.shifts[j] for (vectors, _), use in zip(wanted, former, strict=True)]
-        rows[moves] = _nearest(shifted, [use.bases[j] for use in former]).to(rows)
-        constants[moves] = wanted[0][1] - former[0].constants[j]
+    for places in moves.nonzero()[:, 0].split(CHUNK):
+        wanted = [use.vectors(ids[places]) for use in former]
+        vectors = [vectors - use.shifts[j] for (vectors, _), use in zip(wanted, former, strict=True)]
+        constants[places] = wanted[0][1] - former[0].constants[j]
+        if bias is None:
+            vectors[0] += constants[places, None] * former[0].unit
+        rows[places] = _nearest(vectors, [use.bases[j] for use in former]).to(rows)
     rows[~known], constants[~known] = rows[known].mean(0), constants[known].mean()
     table[: hi - lo] = rows
     if bias is not None:
@@ -283,8 +303,8 @@ def _nearest(vectors: Sequence[Tensor], bases: Sequence[Tensor | None]) -> Tenso
     together, targets = (
         torch.cat([part / norm for part, norm in zip(parts, norms, strict=True)], 1) for parts in (wide, vectors)
     )
-    solution: Tensor = torch.linalg.lstsq(together.T, targets.T, driver="gelsd").solution
-    return solution.T
+    rows: Tensor = targets @ torch.linalg.pinv(together)
+    return rows
 
 
 def _copy(here: Sequence[Tensor | None], there: Sequence[Tensor | None]) -> None:
@@ -293,7 +313,13 @@ def _copy(here: Sequence[Tensor | None], there: Sequence[Tensor | None]) -> None
             own.copy_(other)
 
 
-def _check_alike(ours: NextItNetConfig, former: NextItNetConfig) -> None:
+def _check_alike(model: NextItNet, other: NextItNet) -> None:
+    ours, former = model.config, other.config
+    if model is other:
+        raise ValueError("a model cannot start from itself: make one of the new configuration")
+    for name, own in (("model", model), ("former", other)):
+        if (device := next(own.parameters()).device).type != "cpu":
+            raise ValueError(f"{name} is on {device}: move both to the CPU to carry weights over")
     pairs = {
         field.name: (getattr(former, field.name), getattr(ours, field.name))
         for field in dataclasses.fields(ours)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -120,27 +121,36 @@ def swapped(*pairs):
     return old_ids
 
 
-def overall(former, hidden, item):
-    """(d,) and a constant: the linear form of an item's log-probability, without the head's log-sum-exp, in numpy."""
+def overall(former, hidden, item, folded=False):
+    """An item's log-probability, without the head's log-sum-exp, as a vector (d,) and a constant nearest to it, in numpy.
+
+    ``folded``: the constant is 0, and the vector nearest to it is in the vector, as where there is no bias.
+    """
     weights, partition = former.softmax.packed_weights(), former.config.output_partition
     tables = [table.detach().double().numpy() for table in weights.weights]
-    projections = dict(
-        zip(partition.projected, (own.detach().double().numpy() for own in weights.projections), strict=True)
-    )
+    projections = [own.detach().double().numpy() for own in weights.projections]
+    dense = [
+        table @ projections[partition.projected.index(j)] if j in partition.projected else table
+        for j, table in enumerate(tables)
+    ]
     level = partition.cluster_of(item)
     row = item - partition.offsets[level]
-    dense = tables[level] @ projections[level] if level in projections else tables[level]
-    head_bias = 0 if weights.head_bias is None else weights.head_bias.detach().double().numpy()
-    if level == 0:
-        return dense[row], (head_bias[row] if weights.head_bias is not None else 0.0)
-    size, parent = partition.sizes[level], partition.sizes[0] + level - 1
-    bias = weights.tail_biases[level - 1].detach().double().numpy() if weights.tail_biases else np.zeros(size)
-    logits = hidden @ dense[:size].T + bias
-    lse = np.log(np.exp(logits).sum(1))
-    fitted = np.linalg.lstsq(hidden, lse, rcond=None)[0]
-    head = tables[0] @ projections[0] if 0 in projections else tables[0]
-    constant = bias[row] + (head_bias[parent] if weights.head_bias is not None else 0.0)
-    return dense[row] + head[parent] - fitted, constant
+    biases = [weights.head_bias, *(weights.tail_biases or [None] * (partition.num_clusters - 1))]
+    biases = [
+        np.zeros(len(table)) if bias is None else bias.detach().double().numpy()
+        for bias, table in zip(biases, tables, strict=True)
+    ]
+    vector, constant = dense[level][row], biases[level][row]
+    ones = np.ones((len(hidden), 1))
+    if level:
+        size, parent = partition.sizes[level], partition.sizes[0] + level - 1
+        lse = np.log(np.exp(hidden @ dense[level][:size].T + biases[level][:size]).sum(1))
+        fitted = np.linalg.lstsq(np.concatenate([hidden, ones], 1), lse, rcond=None)[0]
+        vector = vector + dense[0][parent] - fitted[:-1]
+        constant = constant + biases[0][parent] - fitted[-1]
+    if folded:
+        return vector + constant * np.linalg.lstsq(hidden, ones[:, 0], rcond=None)[0], 0.0
+    return vector, constant
 
 
 @pytest.mark.parametrize("name", ["apart", "full rank", "tied", "tied with biases"])
@@ -152,10 +162,10 @@ def test_an_item_of_a_tail_enters_the_head_with_its_probability(name):
     hidden = former(histories_of(K, 60))[:, -1].detach().double().numpy()
     head = model.softmax.packed_weights()
     for place, item in ((2, 33), (4, 12)):
-        vector, constant = overall(former, hidden, item)
+        vector, constant = overall(former, hidden, item, folded=head.head_bias is None)
         np.testing.assert_allclose(head.weights[0][place].detach().numpy(), vector, rtol=1e-3, atol=1e-3)
         if head.head_bias is not None:
-            assert head.head_bias[place].item() == pytest.approx(constant, abs=1e-5)
+            assert head.head_bias[place].item() == pytest.approx(constant, abs=1e-4)
         torch.testing.assert_close(model.embedding(torch.tensor(place)), former.embedding(torch.tensor(item)))
 
 
@@ -178,7 +188,95 @@ def test_full_ranks_hold_an_item_in_every_cluster():
         np.testing.assert_allclose(
             weights.weights[level][row].detach().numpy(), vector - (common - own), rtol=1e-3, atol=1e-3
         )
-        assert weights.tail_biases[level - 1][row].item() == pytest.approx(constant - (shared - bias), abs=1e-5)
+        assert weights.tail_biases[level - 1][row].item() == pytest.approx(constant - (shared - bias), abs=1e-4)
+
+
+@pytest.mark.parametrize("biases", [{"head_bias": True}, {"tail_bias": True}])
+def test_a_bias_that_has_no_place_goes_into_the_row(biases):
+    config = config_of("full rank", **{"head_bias": False, "tail_bias": False, **biases})
+    former, model = make(config, 0), make(config, 1)
+    with torch.no_grad():
+        (former.softmax.head_bias if "head_bias" in biases else former.softmax.tail_biases[1])[2] = (
+            4.0  # items 2 and 27
+        )
+    start_from(model, former, swapped((2, 27)), histories_of(K, 60))
+    hidden = former(histories_of(K, 60))[:, -1].detach().double().numpy()
+    ours = model.softmax.packed_weights()
+    if "head_bias" in biases:  # item 2 is in the last tail now, which has none
+        other = former.softmax.packed_weights().weights[2][3].detach().double().numpy()  # item 28, which stays
+        vector, constant = overall(former, hidden, 2)
+        common, shared = overall(former, hidden, 28)
+        one = np.linalg.lstsq(hidden, np.ones(len(hidden)), rcond=None)[0]
+        expected, row = vector - (common - other) + (constant - shared) * one, ours.weights[2][2]
+    else:  # item 27 is in the head, which has none
+        (expected, _), row = overall(former, hidden, 27, folded=True), ours.weights[0][2]
+    np.testing.assert_allclose(row.detach().numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_movers_are_those_between_levels_of_the_softmax():
+    for pair, moved in (
+        ((12, 17), 2),
+        ((5, 12), 0),
+        ((3, 30), 2),
+    ):  # the embedding is cut at 10 and 25, the softmax at 15
+        former, model = make(config_of("two partitions"), 0), make(config_of("two partitions"), 1)
+        assert start_from(model, former, swapped(pair), histories_of(K)).moved == moved
+    # Item 12 embeds with 4 columns instead of 8 no more.
+    former, model = make(config_of("two partitions"), 0), make(config_of("two partitions"), 1)
+    start_from(model, former, swapped((5, 12)), histories_of(K))
+    torch.testing.assert_close(model.embedding(torch.tensor(5)), former.embedding(torch.tensor(12)))
+
+
+def test_a_new_item_is_the_mean_of_all_that_are_known_in_its_cluster():
+    former, model = make(config_of("full rank"), 0), make(config_of("full rank"), 1)
+    old_ids = swapped((2, 33))
+    old_ids[[4, 12, 34]] = -1
+    start_from(model, former, old_ids, histories_of(K, 60))
+    weights = model.softmax.packed_weights()
+    for level, (lo, hi, new) in enumerate(((0, 10, 4), (10, 25, 12), (25, 40, 34))):
+        known = [item - lo for item in range(lo, hi) if item != new]
+        bias = weights.head_bias if level == 0 else weights.tail_biases[level - 1]
+        for own in (weights.weights[level], bias, model.embedding.embeddings[level]):
+            torch.testing.assert_close(own[new - lo], own[known].mean(0))
+
+
+def test_the_former_model_is_read_as_it_predicts_and_left_as_it_was():
+    results = []
+    for training in (False, True):
+        former = make(config_of("apart", dropout=0.5), 0).train(training)
+        model = make(config_of("apart", dropout=0.5), 1)
+        start_from(model, former, swapped((2, 33)), histories_of(K, 60))
+        assert former.training == training
+        results.append(model.state_dict())
+    assert all(value.equal(results[1][name]) for name, value in results[0].items())
+
+
+def test_histories_are_the_newest_known_items_by_their_former_numbers(monkeypatch):
+    from cprec import warm_start
+
+    class Catalogue:
+        def encode(self, ids):
+            return np.array([{"a": 2, "b": 0, "c": 3}.get(item, -1) for item in ids])
+
+    class Train:
+        def __len__(self):
+            return 50_000_000
+
+        def __getitem__(self, index):
+            assert 0 <= index < len(self)
+            return np.array([2, 1, 0, 2, 3] if index else [1, 1], dtype=np.int32)
+
+    given = []
+    former = make(config_of("apart"), 0)
+    monkeypatch.setattr(warm_start, "read_former", lambda folder: warm_start.Former(former, ["a", "b", "gone", "c"]))
+    monkeypatch.setattr(warm_start, "start_from", lambda *arguments: given.append(arguments))
+    data = types.SimpleNamespace(catalogue=Catalogue(), num_items=5, train=Train(), folder="data")
+    warm_start.initialise(make(config_of("apart"), 1), data, "run", length=3)
+    _, _, old_ids, histories = given[0]
+    assert old_ids.tolist() == [1, -1, 0, 3, -1]
+    assert histories.shape == (4 * D, 3)
+    assert histories[0].tolist() == [K, K, K]
+    assert histories[1:].unique(dim=0).tolist() == [[1, 0, 3]]
 
 
 def test_a_tied_row_is_the_nearest_for_both_of_its_uses():
@@ -190,15 +288,14 @@ def test_a_tied_row_is_the_nearest_for_both_of_its_uses():
     inputs = model.embedding.projections[1].detach().double().numpy()
     outputs = model.softmax.projections[1].detach().double().numpy()
     embedded = former.embedding(torch.tensor(2)).detach().double().numpy()
-    common, _ = overall(former, hidden, 30)
+    common, constant = overall(former, hidden, 30)  # of the tail, as the row's own bias is 0
     own = former.softmax.packed_weights().weights[level][5].detach().double().numpy() @ outputs
-    logit = overall(former, hidden, 2)[0] - (common - own)
+    one = np.linalg.lstsq(hidden, np.ones(len(hidden)), rcond=None)[0]
+    logit = overall(former, hidden, 2)[0] - (common - own) - constant * one
     scales = np.linalg.norm(inputs), np.linalg.norm(outputs)
     rest = np.concatenate([(row @ inputs - embedded) / scales[0], (row @ outputs - logit) / scales[1]])
     basis = np.concatenate([inputs / scales[0], outputs / scales[1]], 1)
     assert np.abs(basis @ rest).max() < 1e-3 * np.linalg.norm(rest)  # nothing is left that a row could still give
-    wanted = np.linalg.norm(np.concatenate([embedded / scales[0], logit / scales[1]]))
-    assert np.linalg.norm(rest) < wanted
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_changed():
@@ -216,7 +313,13 @@ def test_what_does_not_fit_is_named_and_nothing_is_changed():
         with pytest.raises(ValueError, match=f"these differ: .*{message}"):
             start_from(model, former, torch.arange(K), histories_of(K))
         assert all(before[name].equal(value) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="cannot start from itself"):
+        start_from(former, former, torch.arange(K), histories_of(K))
     model = make(config_of("apart"), 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(IndexError):
+        start_from(model, former, swapped((2, 33)), histories_of(K) + K)
+    assert all(before[name].equal(value) for name, value in model.state_dict().items())
     for old_ids, message in (
         (torch.arange(K - 1), r"must be \(40,\) int64, got torch.int64 of shape \(39,\)"),
         (torch.arange(K).float(), "got torch.float32"),
@@ -318,6 +421,16 @@ def test_a_start_that_does_not_come_about_leaves_nothing(earlier, tmp_path):
     with pytest.raises(ValueError, match=r"none of the 50 items of .* written alike"):
         train(strangers, dataclasses.replace(grown(config, 50)), warm, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+    # An earlier run that was to be overwritten is there again.
+    kept = TrainingConfig(length=6, batch_size=32, epochs=1, accelerator="cpu")
+    train(data, config, kept, tmp_path / "kept", progress=False)
+    contents = {path: path.read_bytes() for path in sorted((tmp_path / "kept").rglob("*")) if path.is_file()}
+    shutil.copytree(earlier / "run", tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "weights.safetensors").unlink()
+    unfinished = dataclasses.replace(warm, start_from=str(tmp_path / "unfinished"))
+    with pytest.raises(FileNotFoundError, match=r"unfinished has no weights\.safetensors yet: no epoch"):
+        train(data, config, unfinished, tmp_path / "kept", overwrite=True, progress=False)
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "kept").rglob("*")) if path.is_file()} == contents
     before = (earlier / "run" / "config.json").read_bytes()
     with pytest.raises(ValueError, match="is the run to start from, and would be replaced"):
         train(data, config, warm, earlier / "run", overwrite=True, progress=False)
@@ -330,11 +443,14 @@ def test_a_run_whose_data_is_gone_asks_for_an_export(earlier, tmp_path):
     config = json.loads(path.read_text())
     config["data"]["folder"] = str(tmp_path / "gone")
     path.write_text(json.dumps(config))
-    with pytest.raises(FileNotFoundError, match=r"does not say which item is which: .*gone.* Start from an export"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"does not say which item is which without its data: .*gone.* start from an export: cprec export .*run --data FOLDER",
+    ):
         read_former(tmp_path / "run")
     config["data"] = {**config["data"], "folder": str(earlier / "new")}
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="Start from an export"):
+    with pytest.raises(ValueError, match="start from an export"):
         read_former(tmp_path / "run")
 
 
@@ -347,7 +463,7 @@ def test_settings_that_exclude_each_other():
         TrainingConfig(start_from=3)
 
 
-def test_the_command_takes_shape_and_length_from_the_model(run, earlier, tmp_path):
+def test_the_command_takes_shape_and_length_from_the_model(run, earlier, tmp_path, monkeypatch):
     new, fast = earlier / "new", ("--epochs", 1, "--batch-size", 32, "--accelerator", "cpu")
     _, err = run("train", new, "-o", tmp_path / "run", "--from", earlier / "model", "--dropout", 0.3, *fast)
     assert "started from" in err
@@ -356,10 +472,35 @@ def test_the_command_takes_shape_and_length_from_the_model(run, earlier, tmp_pat
     assert (model.embedding_dim, model.tie_tails, model.dropout, model.dilations) == (D, True, 0.3, (1,))
     assert sections["training"]["length"] == 6
     assert sections["training"]["start_from"] == str((earlier / "model").resolve())
+    # A stopped run goes on by its own configuration, from another folder and when the former model is gone.
+    shutil.copytree(earlier / "model", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    run("train", new, "-o", "again", "--from", "moved", *fast)
+    shutil.rmtree(tmp_path / "moved")
+    run("train", new, "-o", "again", "--from", "moved", "--resume", "--epochs", 2, *fast[2:])
+    monkeypatch.chdir(earlier)
+    run("train", new, "-o", tmp_path / "again", "--from", tmp_path / "moved", "--resume", "--epochs", 3, *fast[2:])
+    assert len(json.loads((tmp_path / "again" / "metrics.json").read_text())["history"]) == 3
     _, err = run("train", new, "-o", tmp_path / "b", "--from", earlier / "run", "--dim", 16, "--twin", *fast, expect=1)
     assert "which --dim, --twin cannot change" in err.replace("\n", " ")
     _, err = run("train", new, "-o", tmp_path / "b", "--from", tmp_path / "none", *fast, expect=1)
     assert "none" in err
     _, err = run("train", new, "-o", tmp_path / "b", "--from", earlier / "run", "--init", "als", *fast, expect=1)
-    assert "leave one out" in err
+    assert "--init, --from" in err.replace("\n", " ")
+    (tmp_path / "other").mkdir()
+    for section in ({"export": None}, {"training": [1]}, {}):
+        config = json.loads((earlier / "model" / "config.json").read_text())
+        (tmp_path / "other" / "config.json").write_text(
+            json.dumps({**{k: config[k] for k in config if k != "export"}, **section})
+        )
+        _, err = run("train", new, "-o", tmp_path / "b", "--from", tmp_path / "other", *fast, expect=1)
+        assert "is that of neither a run nor an export" in err.replace("\n", " ")
     assert not (tmp_path / "b").exists()
+
+
+def test_the_command_says_that_drawn_users_may_be_known(run, earlier, tmp_path):
+    note = "may have been trained on those who are held out now"
+    prepare(earlier / "new.txt", tmp_path / "drawn", format="sequences", split="user")
+    fast = ("--epochs", 1, "--batch-size", 32, "--accelerator", "cpu", "--from", earlier / "model")
+    assert note in run("train", tmp_path / "drawn", "-o", tmp_path / "run", *fast)[0].replace("\n", " ")
+    assert note not in run("train", earlier / "new", "-o", tmp_path / "other", *fast)[0].replace("\n", " ")
