@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import warnings
 from pathlib import Path
@@ -347,6 +348,11 @@ def _version(show: bool) -> None:
 
         typer.echo(f"cprec {__version__}")
         raise typer.Exit
+
+
+for _command in app.registered_commands:  # lines of a docstring are as long as ours, not as the terminal's
+    _paragraphs = (inspect.getdoc(_command.callback) or "").split("\n\n")
+    _command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in _paragraphs)
 
 
 @app.callback()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -130,6 +131,17 @@ def test_evaluate_repeats_the_metrics_of_training(run, trained, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     metrics = json.loads((trained / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert report == metrics["test"]
+
+
+@pytest.mark.parametrize("command", ["demo", "prepare", "info", "plan", "train", "evaluate", "recommend", "export"])
+def test_help_fills_the_lines_of_the_terminal(run, command):
+    lines = [line.strip() for line in run(command, "--help")[0].splitlines()]
+    start = next(number for number, line in enumerate(lines) if line.startswith("Usage"))
+    text = list(itertools.takewhile(lambda line: not line.startswith("╭"), lines[start + 1 :]))
+    assert any(text)
+    for line, following in itertools.pairwise(text):
+        if line and following:
+            assert len(line) + 1 + len(following.split()[0]) > 116, f"{line!r} ends early"
 
 
 def test_training_may_start_from_factorised_transitions(run, trained, tmp_path):
