@@ -305,8 +305,8 @@ def grown_model(context: typer.Context, former: Path, num_items: int, **changes:
     ]
     if shape:
         raise ValueError(
-            f"--from {former} decides the shape of the model, which {', '.join(shape)} cannot change: leave it out, or train "
-            "anew without --from"
+            f"with --from the model has the shape of that in {former}, which {', '.join(shape)} cannot change: leave it out, "
+            "or train anew without --from"
         )
     config, sections = checkpoint.read_config(former)
     section = sections.get("export", sections.get("training"))
@@ -319,7 +319,7 @@ def grown_model(context: typer.Context, former: Path, num_items: int, **changes:
         kept = {name: value for name, value in changes.items() if typed(context, name)}
         return grown(config, num_items, **kept), length
     except ValueError as error:
-        raise ValueError(f"--from {former}: {error}") from None
+        raise ValueError(f"the model in {former}: {error}") from None
 
 
 def refuse_model_options(context: typer.Context, path: Path, allowed: tuple[str, ...]) -> None:

@@ -116,8 +116,6 @@ def train(
     from cprec.training import train as train_model
 
     prepared: PreparedData = PreparedData.open(data)
-    if resume and tie_tails is None:
-        tie_tails = tails_of_run(out)
     if start_from is not None:
         goes_on = resume and (out / CONFIG_NAME).is_file()  # then the run itself says what it is
         model_config, former_length = grown_model(
@@ -126,6 +124,8 @@ def train(
         )  # fmt: skip
         length = length if typed(context, "length") else former_length
     else:
+        if resume and tie_tails is None:
+            tie_tails = tails_of_run(out)
         model_config = make_model_config(
             prepared.counts, dim, cutoffs, ranks, twin, compression=compression, softmax_cutoffs=softmax_cutoffs,
             softmax_ranks=softmax_ranks, tie_tails=tie_tails, dilations=dilations, repeats=repeats, kernel_size=kernel_size,

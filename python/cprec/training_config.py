@@ -32,7 +32,7 @@ class TrainingConfig:
         init: where item vectors start: "random", or "als", from a factorisation of which training item follows which
             (:mod:`cprec.item_factors`).
         start_from: folder of a run or an export whose weights the model starts from, items matched by their raw ids
-            (:mod:`cprec.warm_start`); None for a model that starts anew.
+            (:mod:`cprec.warm_start`); kept as a str. None for a model that starts anew.
         accelerator, devices, strategy: passed to Lightning.
         workers: processes that assemble batches; 0 does it in the main process.
         checkpoint_every: steps between training states saved within an epoch; 0 saves after every epoch only.

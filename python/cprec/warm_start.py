@@ -143,7 +143,7 @@ def start_from(model: NextItNet, former: NextItNet, old_ids: Tensor, histories: 
     Raises:
         ValueError: the two differ in more than items, are one, or are not on the CPU; numbers that are out of range, or
             there twice.
-        IndexError: histories of other items. Nothing has been changed then.
+        IndexError: histories of other items, which are read where an item moves. Nothing has been changed then.
     """
     _check_alike(model, former)
     _check_numbers(old_ids, model.config.num_items, former.config.num_items)
