@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..partition import Partition
+from .pretrained import refuse_parametrized
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 
@@ -84,7 +86,7 @@ def removed(partition: Partition, items: Tensor | Sequence[int], device: torch.d
             f"all {partition.sizes[0]} items of cluster 0 would go: repartition first, so that others take their place"
         )
     left = [j for j, size in enumerate(sizes) if size]
-    ends = torch.tensor([sizes[j] for j in left]).cumsum(0).tolist()
+    ends = list(itertools.accumulate(sizes[j] for j in left))
     new = Partition(ends[-1], ends[:-1], [partition.ranks[j] for j in left], partition.embedding_dim)
     return Reordering(new, keep.nonzero().squeeze(1))
 
@@ -247,6 +249,7 @@ class ChangingCatalogue:
     def _check_owner(self) -> None:
         if self.owner is not None:
             raise RuntimeError(f"this module is part of {self.owner}, whose items would no longer fit")
+        refuse_parametrized(self, "its items cannot be changed")
 
     @torch.no_grad()
     def extend(self, new_items: int, *, optimizer: Optimizers = None) -> CatalogueChange:

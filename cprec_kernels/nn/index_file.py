@@ -15,6 +15,7 @@ Arrays without elements are left out. Nothing on disk is trusted: every number i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -48,8 +49,15 @@ def _aligned(position: int) -> int:
 
 
 def bytes_of(array: Tensor) -> memoryview:
-    """The bytes of a contiguous array, as they are in memory."""
-    return memoryview(array.reshape(-1).view(torch.uint8).numpy().data)
+    """The bytes of a contiguous array, as they are in memory.
+
+    Not by ``Tensor.numpy``, after which a storage cannot be resized any more: FSDP resizes those of parameters.
+    """
+    flat = array.reshape(-1).view(torch.uint8)
+    buffer: Any = (ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr()) if flat.numel() else bytearray()
+    if flat.numel():
+        buffer.keeps = flat
+    return memoryview(buffer).cast("B")
 
 
 def _crc(data: memoryview) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..partition import Partition
 from .whole_file import whole_file
@@ -113,6 +114,15 @@ def _config_of(path: Path) -> dict[str, Any]:
     return config
 
 
+def refuse_parametrized(module: Any, consequence: str) -> None:
+    """Raise RuntimeError if a parameter is computed from others, which parametrizations and weight_norm make of one."""
+    if found := [name for name, part in module.named_modules() if parametrize.is_parametrized(part)]:
+        raise RuntimeError(
+            f"a parameter of {found[0] or type(module).__name__} is parametrized: {consequence}. Take that off first, "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, name)"
+        )
+
+
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """A state_dict in which every shared tensor is there once, under its first name."""
     seen: set[int] = set()
@@ -154,8 +164,10 @@ class Pretrained:
         Raises:
             FileExistsError: ``folder`` is a file, or holds a config.json of another program.
             ImportError: the safetensors package is missing.
+            RuntimeError: a parameter is parametrized.
         """
         assert isinstance(self, nn.Module)
+        refuse_parametrized(self, "no folder could be read back")
         config = {"module": type(self).__name__, "partition": self.partition.to_dict(), "options": self._options()}
         return write_folder(folder, config, own_tensors(self))
 

@@ -28,6 +28,20 @@ class HoldsPermutations(nn.Module):
 
     _permutations: tuple[str, ...] = ()  # names of attributes
 
+    def _numbered(self, name: str, ids: Tensor) -> tuple[Tensor, int]:
+        """Those of ``ids``, for the attribute ``name``, that number something, and how many there are of that."""
+        raise NotImplementedError
+
+    def _why_not(self, name: str, ids: Tensor) -> str:
+        """What is wrong with ids that are to be loaded, "" if nothing."""
+        if ids.is_meta:
+            return ""
+        try:
+            _check_items(*self._numbered(name, ids))
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in self._permutations:
@@ -64,6 +78,8 @@ class HoldsPermutations(nn.Module):
             if not isinstance(given, Tensor) or given.shape != own.shape or given.dtype != own.dtype:
                 described = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
                 error_msgs.append(f"{key}: {own.dtype} {tuple(own.shape)} is needed, got {described}")
+            elif reason := self._why_not(name, given):
+                error_msgs.append(f"{key}: {reason}")
             elif local_metadata.get("assign_to_params_buffers", False):
                 setattr(self, name, given.detach())
             else:
@@ -93,6 +109,9 @@ class ReindexedEmbedding(HoldsPermutations):
 
     items: Tensor
     _permutations = ("items",)
+
+    def _numbered(self, name: str, ids: Tensor) -> tuple[Tensor, int]:
+        return ids, self.embedding.partition.num_items
 
     def __init__(self, embedding: BlockEmbedding, items: Tensor) -> None:
         super().__init__()
@@ -157,6 +176,11 @@ class ReindexedSoftmax(HoldsPermutations):
     items: Tensor
     classes: Tensor
     _permutations = ("items", "classes")
+
+    def _numbered(self, name: str, ids: Tensor) -> tuple[Tensor, int]:
+        if name == "classes":
+            return ids, self.out_features
+        return ids[ids >= 0], self.softmax.partition.num_items
 
     def __init__(self, softmax: ClusteredSoftmaxBase, items: Tensor) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -126,6 +127,8 @@ class TopKIndex:
             ValueError: an unknown storage or order, a module elsewhere than on the CPU, NaN or inf in a parameter, a
                 weight that the storage cannot hold.
         """
+        if torch.compiler.is_compiling():  # nothing in packing is to be compiled, and tracing it fails
+            return _build_untraced(module, storage, exact, blocks)
         _check_module(module)
         if storage not in STORAGES:
             raise ValueError(f"storage must be one of {', '.join(map(repr, STORAGES))}, got {storage!r}")
@@ -331,6 +334,11 @@ class TopKIndex:
         return f"TopKIndex({', '.join(parts)})"
 
 
+@_disable_dynamo  # torch.compiler.disable would import the compiler, which takes seconds
+def _build_untraced(module: ClusteredSoftmaxBase, storage: str, exact: bool, blocks: str | None) -> TopKIndex:
+    return TopKIndex.build(module, storage, exact=exact, blocks=blocks)
+
+
 def _check_module(module: ClusteredSoftmaxBase) -> None:
     # Not at the top: that module imports this one.
     from .softmax_base import ClusteredSoftmaxBase
@@ -378,7 +386,8 @@ def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
 @functools.cache
 def _watch_fused_optimizers() -> None:
     """From now on let steps of torch's fused optimizers count as writes, which torch 2.13 forgets on the CPU."""
-    register_optimizer_step_post_hook(_count_fused_step)
+    # Called, not traced: compiled, it would count nothing.
+    register_optimizer_step_post_hook(_disable_dynamo(_count_fused_step))
 
 
 def _count_fused_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

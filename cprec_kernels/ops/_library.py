@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -147,10 +149,17 @@ def asked_in_place(tables: Sequence[Tensor]) -> bool:
     return all(getattr(table, _IN_PLACE, False) for table in tables)
 
 
+# Held while a backward adds to .grad itself: those of several threads may add to the same.
+ADDING_IN_PLACE = threading.Lock()
+
+
 def gradients_in_place(tables: Sequence[Tensor]) -> list[Tensor] | None:
     """The ``.grad`` of every table, when all of them asked for :func:`accumulate_in_place`, have one that fits and no hook
     that waits for a gradient, and the backward that runs is to fill it, with numbers and not with a graph."""
     if torch.is_grad_enabled():  # in a backward with create_graph=True alone
+        return None
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")  # which takes seconds to import
+    if torch.compiler.is_compiling() or getattr(compiled, "in_compiled_autograd_region", False):
         return None
     if not asked_in_place(tables) or any(map(_hooked, tables)) or not all(map(_accumulates, tables)):
         return None
@@ -221,9 +230,8 @@ def refuse_tangents(op: str, *args: Tensor | Sequence[Tensor] | None) -> None:
 
 def check_integers(ids: Tensor, name: str) -> None:
     """Raise TypeError unless ids are int64."""
-    torch._check_type(
-        ids.dtype == torch.int64, lambda: f"{name} must be int64, got {ids.dtype}; convert with {name}.long()"
-    )
+    if ids.dtype != torch.int64:  # not torch._check_type: Dynamo takes no message that closes over a tensor
+        raise TypeError(f"{name} must be int64, got {ids.dtype}; convert with {name}.long()")
 
 
 def check_rows(rows: Tensor, input: Tensor, name: str, dim: int) -> None:

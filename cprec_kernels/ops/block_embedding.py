@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _backend
 from ..reference import block_embedding as ref
 from ._library import (
+    ADDING_IN_PLACE,
     autocast,
     autograd,
     check_factors,
@@ -239,7 +240,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             for row, value, table in zip(rows, values, embeddings, strict=False)
         ]
     elif all(need_embeddings) and (in_place := gradients_in_place(embeddings)) is not None:
-        d_embeddings, d_projections = [], torch.ops.cprec.block_embedding_backward_into(*args[:-1], in_place, mask[1])
+        with ADDING_IN_PLACE:
+            d_projections = torch.ops.cprec.block_embedding_backward_into(*args[:-1], in_place, mask[1])
+        d_embeddings = []
     else:
         d_embeddings, d_projections = torch.ops.cprec.block_embedding_backward(*args)
     return None, keep(d_embeddings, need_embeddings), keep(d_projections, need_projections), None, None

@@ -15,6 +15,7 @@ from .. import _backend
 from ..reference import clustered_softmax as ref
 from ..reference.common import accumulate_dtype
 from ._library import (
+    ADDING_IN_PLACE,
     LIBRARY,
     as_rows,
     autocast,
@@ -294,23 +295,22 @@ def _backward(ctx: Any, grad_log_prob: Tensor | None, grad_uniform: Tensor | Non
     input, target, lse_head, lse_tail, head_bias, *rest = ctx.saved_tensors
     rest = iter(rest)
     weights, projections, tail_biases = (list(itertools.islice(rest, count)) for count in ctx.counts)
-    kept = list(rest)
     if grad_log_prob is None:
         grad_log_prob = torch.zeros_like(lse_head, dtype=accumulate_dtype(input.dtype))
     need_input, _, need_weights, need_projections, need_head_bias, need_tail_biases, *_ = ctx.needs_input_grad
     args = (
         grad_log_prob, grad_uniform, input, target, weights, projections, head_bias, tail_biases,
-        lse_head, lse_tail, kept, ctx.ignore_index, ctx.arithmetic,
+        lse_head, lse_tail, list(rest), ctx.ignore_index, ctx.arithmetic,
     )  # fmt: skip
     mask = [need_input, any(need_weights), any(need_projections), need_head_bias, any(need_tail_biases)]
     in_place = gradients_in_place(weights) if all(need_weights) else None
     if in_place is not None:
-        into = torch.ops.cprec.clustered_softmax_backward_into
-        d_input, d_projections, d_head_bias, d_tail_biases = into(*args, in_place, mask)
-        d_weights: list[Tensor] = []
+        with ADDING_IN_PLACE:
+            d_input, *others = torch.ops.cprec.clustered_softmax_backward_into(*args, in_place, mask)
+        found = (d_input, [], *others)
     else:
-        backward = torch.ops.cprec.clustered_softmax_backward
-        d_input, d_weights, d_projections, d_head_bias, d_tail_biases = backward(*args, mask)
+        found = torch.ops.cprec.clustered_softmax_backward(*args, mask)
+    d_input, d_weights, d_projections, d_head_bias, d_tail_biases = found
     return (
         d_input if need_input else None,
         None,

@@ -53,8 +53,8 @@ class RowwiseOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: Group) -> None:
         """Raise ValueError for a hyperparameter out of range. Subclasses add theirs."""
+        check_range("lr", group["lr"])
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-        check_range("lr", lr)
         check_range("eps", group["eps"])
         check_range("weight_decay", weight_decay)
         if not lr * weight_decay < 1:
@@ -87,6 +87,11 @@ class RowwiseOptimizer(torch.optim.Optimizer):
         try:
             self._check_group(self.param_groups[-1])
             for param in self.param_groups[-1]["params"]:
+                if hasattr(param, "device_mesh"):
+                    raise TypeError(
+                        f"parameters must be plain tensors, got a {type(param).__name__} (FSDP2 or tensor parallel): keep the "
+                        "module out of fully_shard, or train these parameters by torch.optim.AdamW"
+                    )
                 if not param.is_floating_point() or param.layout != torch.strided:
                     raise TypeError(f"parameters must be dense and floating point, got {param.layout} of {param.dtype}")
         except Exception:
@@ -136,6 +141,9 @@ class RowwiseOptimizer(torch.optim.Optimizer):
             # On the host: no step waits for a device.
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state.update(self._new_state(group, param))
+            # Before there is any: torch.distributed.checkpoint loads what a step without gradients makes, and no more.
+            if group["weight_decay"] > 0 and param.dim() > 0:
+                state.update(_pending_state(param))
         step = int(state["step"]) + 1
         lr = self._learning_rate(group, step)
         decay = self._pending(gradient, state, lr * float(group["weight_decay"]))
@@ -151,8 +159,7 @@ class RowwiseOptimizer(torch.optim.Optimizer):
             self._catch_up_all(param)
             return PendingDecay(rate, (0.0, 0.0), None)
         if rate > 0 and "log_decay" not in state:
-            state["log_decay"] = torch.zeros((), dtype=torch.float64, device="cpu")
-            state["row_log_decay"] = torch.zeros(param.shape[0], dtype=torch.float64, device=param.device)
+            state.update(_pending_state(param))
         if "log_decay" not in state:
             return PendingDecay(rate, (0.0, 0.0), None)
         before = float(state["log_decay"])
@@ -283,7 +290,8 @@ class RowwiseOptimizer(torch.optim.Optimizer):
                         f"{name} of parameter {index} is {tuple(value.shape)}, for a parameter {tuple(param.shape)}"
                     )
         for group in state_dict["param_groups"]:
-            if missing := sorted(set(self.defaults) - set(group)):
+            # torch adds "differentiable" to the defaults of an optimizer that has loaded a state or was copied.
+            if missing := sorted(set(self.defaults) - set(group) - {"differentiable"}):
                 raise ValueError(
                     f"this is not a state of {type(self).__name__}: it names no {', '.join(missing)} for a group"
                 )
@@ -296,6 +304,14 @@ class RowwiseOptimizer(torch.optim.Optimizer):
                     f"that of {type(self).__name__} is decoupled: set it to 0 in the state, then choose one anew"
                 )
         return {**state_dict, "state": states}
+
+
+def _pending_state(param: Tensor) -> dict[str, Tensor]:
+    """L and what every row has had of it, none yet."""
+    return {
+        "log_decay": torch.zeros((), dtype=torch.float64, device="cpu"),
+        "row_log_decay": torch.zeros(param.shape[0], dtype=torch.float64, device=param.device),
+    }
 
 
 def _gradient(group: Group, param: Tensor) -> Gradient:
@@ -329,8 +345,8 @@ def _ascending(rows: Tensor, grad: Tensor) -> bool:
     return bool((rows[1:] > rows[:-1]).all())
 
 
-def check_range(name: str, value: float, below: float = math.inf) -> None:
+def check_range(name: str, value: float | str, below: float = math.inf) -> None:
     """Raise ValueError unless 0 <= value < below."""
-    if not 0 <= value < below:
+    if isinstance(value, str) or not 0 <= value < below:
         limits = "at least 0 and finite" if below == math.inf else f"in [0, {below:g})"
-        raise ValueError(f"{name} must be {limits}, got {value}")
+        raise ValueError(f"{name} must be {limits}, got {value!r}")

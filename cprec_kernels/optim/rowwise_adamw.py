@@ -45,7 +45,7 @@ class RowwiseAdamW(RowwiseOptimizer):
         weight_decay: decoupled; lr * weight_decay must stay below 1.
         maximize: ascend instead.
 
-    State of a parameter: ``step`` () fp32, ``exp_avg`` and ``exp_avg_sq`` of its shape; once a sparse gradient meets a
+    State of a parameter: ``step`` () fp32, ``exp_avg`` and ``exp_avg_sq`` of its shape; with a
     weight decay also ``log_decay`` () and ``row_log_decay`` (rows,), both fp64, which say what is pending.
     ``state_dict`` holds all of it: with the model's, saved at the same time, training goes on bit for bit.
 

@@ -110,3 +110,23 @@ def test_scores_are_those_of_the_dense_output():
         module.topk(hidden, 2, exclude=(torch.arange(7), [1] * 6))
     with pytest.raises(TypeError, match="exclude must be an int64 tensor"):
         module.topk(hidden, 2, exclude=[[1], [2]])
+
+
+@pytest.mark.parametrize("name", ["items", "classes"])
+def test_a_state_whose_ids_are_no_permutation_is_refused(name):
+    module = ReindexedSoftmax(ClusteredSoftmaxWithLoss(4, PARTITION), ids(5, 4, 3, -1, 2, 1, 0))
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    module.load_state_dict(state)
+    state[name][:2] = 1
+    with pytest.raises(RuntimeError, match=f"{name}: items names a row twice"):
+        module.load_state_dict(state)
+    state[name][:2] = ids(0, 9)
+    with pytest.raises(RuntimeError, match=f"{name}: items must be in 0"):
+        module.load_state_dict(state)
+
+
+def test_negative_entries_and_padding_exclude_nothing():
+    softmax = ReindexedSoftmax(ClusteredSoftmaxWithLoss(4, PARTITION), ids(5, -1, 0, 1, 2, 3, 4))
+    hidden = torch.randn(3, 4)
+    for exclude in (torch.full((3, 2), -1), torch.full((3, 1), 1), (ids(0, 1, 2, 3), ids(-1, -1, 1))):
+        assert softmax.topk(hidden, 6, exclude=exclude)[1].sort().values.tolist() == [[0, 2, 3, 4, 5, 6]] * 3

@@ -99,6 +99,7 @@ def test_rows_named_twice_are_added_first(kind, cpu_backend):
     results = []
     for rows, values in (
         ([5, 2, 5], torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.5, -1.0]])),
+        ([2, 5, 5], torch.tensor([[3.0, 4.0], [1.0, 2.0], [0.5, -1.0]])),
         ([2, 5], torch.tensor([[3.0, 4.0], [1.5, 1.0]])),
     ):
         param = torch.ones(8, 2).requires_grad_()
@@ -106,7 +107,7 @@ def test_rows_named_twice_are_added_first(kind, cpu_backend):
         optimizer = kind([param], lr=0.1)
         optimizer.step()
         results.append(param.detach())
-    assert torch.equal(*results)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
     assert (results[0] != 1).any(1).nonzero().flatten().tolist() == [2, 5]
 
 

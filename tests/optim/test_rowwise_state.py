@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from cprec_kernels import Partition
+from cprec_kernels.nn import BlockEmbedding
 from cprec_kernels.optim import RowwiseAdagrad, RowwiseAdamW
 from tests.optim.steps import BOTH, make_params, train
 
@@ -196,3 +201,58 @@ def test_the_coupled_decay_of_torchs_adagrad_is_refused():
     own = RowwiseAdagrad([bias], weight_decay=0.1)
     own.step()
     RowwiseAdagrad([bias]).load_state_dict(own.state_dict())
+
+
+@BOTH
+def test_a_state_is_loaded_again_and_by_copies(kind):
+    params = make_params()
+    optimizer = kind(params, weight_decay=0.1)
+    train(optimizer, params, range(2))
+    state = optimizer.state_dict()
+    for one in (optimizer, optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        one.load_state_dict(state)
+        one.load_state_dict(copy.deepcopy(one.state_dict()))
+
+
+@BOTH
+def test_a_distributed_checkpoint_holds_pending_decay(kind, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        module = BlockEmbedding(Partition(30, [10], [8, 4], 8), sparse=True)
+        return module, kind(module.parameters(), lr=0.1, weight_decay=0.5)
+
+    module, optimizer = make()
+    for step in range(4):
+        optimizer.zero_grad()
+        module(torch.tensor([step, 10 + step])).sum().backward()
+        optimizer.step()
+    weights, state = get_state_dict(module, optimizer)
+    dcp.save({"module": weights, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+
+    restored, its_optimizer = make()
+    weights, state = get_state_dict(restored, its_optimizer)
+    dcp.load({"module": weights, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(restored, its_optimizer, model_state_dict=weights, optim_state_dict=state)
+    assert not torch.equal(module.embeddings[1][0], make()[0].embeddings[1][0])
+    optimizer.apply_pending_decay()
+    its_optimizer.apply_pending_decay()
+    for one, other in zip(module.parameters(), restored.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@BOTH
+def test_sharded_parameters_are_refused(kind):
+    class Sharded(torch.Tensor):
+        device_mesh = None
+
+    with pytest.raises(TypeError, match=r"must be plain tensors, got a Sharded .* keep the module out of fully_shard"):
+        kind([torch.randn(3, 2).as_subclass(Sharded).requires_grad_()])
+
+
+@BOTH
+def test_a_rate_that_has_become_text_is_refused(kind):
+    params = make_params()
+    optimizer = kind(params)
+    optimizer.param_groups[0]["lr"] = "0.1"
+    with pytest.raises(ValueError, match=r"lr must be at least 0 and finite, got '0\.1'"):
+        train(optimizer, params, [0])
