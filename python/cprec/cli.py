@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cprec.cli_options import (
+    SMALL_CATALOGUE,
     Block,
     BlockKind,
     Compression,
@@ -173,7 +174,8 @@ def prepare(
         else:
             data = prepare_dataset(str(dataset), out, cache=cache, progress=progress, **options)
     typer.echo(str(summarise(data)))
-    typer.echo(f"\nnext: cprec train {shlex.quote(str(out))} --out RUN")
+    whole = " --cutoffs none" if data.num_items <= SMALL_CATALOGUE else ""
+    typer.echo(f"\nnext: cprec train {shlex.quote(str(out))} --out RUN{whole}")
 
 
 @app.command()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cprec.model import NextItNetConfig
 
 DEFAULT_CUTOFFS = "0.05,0.2"
+SMALL_CATALOGUE = 10  # items, at most: DEFAULT_CUTOFFS suit larger ones alone
 MODEL = "Model"  # the options that give a model its shape
 
 
@@ -275,12 +276,12 @@ def tails_of_run(folder: Path) -> bool | None:
 
 
 def print_rich(*renderables: RenderableType) -> None:
-    """Print tables and text as wide as the terminal is."""
+    """Print tables and text as wide as the terminal is. What cannot be as narrow runs over its edge and is not cut."""
     from rich.console import Console
 
     console = Console()
     for renderable in renderables:
-        console.print(renderable)
+        console.print(renderable, crop=False)
 
 
 def typed(context: typer.Context, name: str) -> bool:

@@ -6,10 +6,12 @@ line per item in the order of its number, ``["raw id", training count]``, for an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -48,17 +50,27 @@ class ExportedModel:
         self._numbers = {item: number for number, item in enumerate(items)}
         self._popularity = popularity_scores(torch.tensor(counts))
 
-    def encode(self, history: Iterable[str]) -> list[int]:
-        """Item numbers of the known items of a history; unknown ones are left out."""
-        return [self._numbers[item] for item in map(str, history) if item in self._numbers]
+    def encode(self, history: Iterable[str | int]) -> list[int]:
+        """Item numbers of the known items of a history; unknown ones are left out.
+
+        Raises:
+            TypeError: an id that is neither a string nor an integer, such as a float, which would pass for unknown.
+        """
+        numbers = []
+        for item in history:
+            if isinstance(item, bool) or not isinstance(item, str | Integral):
+                raise TypeError(f"item ids are strings or integers, got {item!r}")
+            if (number := self._numbers.get(str(item))) is not None:
+                numbers.append(number)
+        return numbers
 
     def recommend(
         self,
-        histories: Iterable[Iterable[str]],
+        histories: Iterable[Iterable[str | int]],
         k: int = 10,
         *,
         exclude_seen: bool = True,
-        candidates: Iterable[str] | None = None,
+        candidates: Iterable[str | int] | None = None,
         storage: str | None = None,
     ) -> list[list[tuple[str, float]]]:
         """The k best next items of every history with their log-probabilities, best first.
@@ -74,7 +86,8 @@ class ExportedModel:
 
         Raises:
             ValueError: k below 1, no candidate is known, or an unknown storage.
-            TypeError: a string was given for a history, for the histories or for the candidates.
+            TypeError: a string was given for a history, for the histories or for the candidates; an id that is neither a string
+                nor an integer.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -124,23 +137,29 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
     """
     folder = Path(folder)
     config, sections = checkpoint.read_config(folder)
-    items, counts = read_items(folder, config.num_items)
-    length = sections.get("export", {}).get("length")
+    about = sections.get("export", {})
+    items, counts = read_items(folder, config.num_items, about)
+    length = about.get("length")
     if not isinstance(length, int) or length < 1:
         raise ValueError(f"{folder / checkpoint.CONFIG_NAME} lacks export.length: export the run again")
     return ExportedModel(checkpoint.load(folder, device), items, counts, length)
 
 
-def read_items(folder: Path, num_items: int) -> tuple[list[str], list[int]]:
+def read_items(folder: Path, num_items: int, about: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     """Raw ids and training counts of an exported folder whose model has so many items.
 
+    Args:
+        about: the section "export" of its configuration.
+
     Raises:
-        FileNotFoundError: it has none. ValueError: another number of them, or a damaged line, which is named.
+        FileNotFoundError: it has none. ValueError: another number of them, a damaged line, which is named, or the items of
+            another export.
     """
     path = folder / ITEMS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; 'cprec export' makes folders that can be loaded")
-    lines = path.read_bytes().splitlines()
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # which an editor may put first
+    lines = content.splitlines()
     try:
         rows = json.loads(b"[" + b",".join(lines) + b"]")  # one call is much faster than one per line
     except ValueError:
@@ -161,6 +180,12 @@ def read_items(folder: Path, num_items: int) -> tuple[list[str], list[int]]:
                 raise ValueError(f"{path}:{number}: item {item!r} is that of line {earlier}, too; export the run again")
     if len(items) != num_items:
         raise ValueError(f"{path}: holds {len(items):,} items, the model has {num_items:,}: export the run again")
+    digest = hashlib.sha256(content).hexdigest()
+    if about.get("items_sha256", digest) != digest:
+        raise ValueError(
+            f"{path} is not what was exported with this {checkpoint.CONFIG_NAME}: lines were changed, or a part of another "
+            "export was copied here; export the run again"
+        )
     return items, [row[1] for row in rows]
 
 
@@ -203,18 +228,20 @@ def export(
     stage = place.parent / f".{place.name}.{uuid4().hex}.tmp"
     try:
         with naming(place):
+            names = catalogue.decode(range(catalogue.num_items))
+            lines = "".join(
+                json.dumps([name, count], ensure_ascii=False) + "\n"
+                for name, count in zip(names, catalogue.counts.tolist(), strict=True)
+            ).encode()
             checkpoint.save(
                 stage,
                 model,
                 extra={
-                    "export": {"length": run.training.length},
+                    "export": {"length": run.training.length, "items_sha256": hashlib.sha256(lines).hexdigest()},
                     "data": {"name": run.data_name, "fingerprint": run.data_fingerprint},
                 },
             )
-            names = catalogue.decode(range(catalogue.num_items))
-            with (stage / ITEMS_NAME).open("w", encoding="utf-8", newline="\n") as file:
-                for name, count in zip(names, catalogue.counts.tolist(), strict=True):
-                    file.write(json.dumps([name, count], ensure_ascii=False) + "\n")
+            (stage / ITEMS_NAME).write_bytes(lines)
             (stage / README_NAME).write_text(README, encoding="utf-8")
             _swap(stage, place)
     finally:

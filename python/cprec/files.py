@@ -20,6 +20,8 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None and f".{path.name}." not in str(error.filename):
             raise
+        if error.errno is None and type(error) is not OSError:  # ours, of another file
+            raise
         if error.errno is None:  # numpy's and safetensors' say what they did, not where
             raise OSError(f"{path}: cannot be written whole ({error}); is the disk full?") from error
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -7,11 +7,18 @@ import dataclasses
 import os
 import platform
 import shutil
+import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # where there is no flock, two runs in one folder are not told from one
+    fcntl = None  # type: ignore[assignment]
 
 from cprec import checkpoint
 from cprec.files import is_leftover, write_json
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
     from cprec.training import EpochRecord, TrainingConfig
 
 OWN_NAMES = {"config.json", "weights.safetensors", "last", "metrics.json", "curve.png", "logs"}
+KILLED_WORKERS = 10.0  # seconds: workers of a killed run hold its lock until they notice, every five
 REPLACED = ".replaced-run"  # holds an earlier run until the one that replaces it has a state
 
 
@@ -146,6 +154,37 @@ class RunFolder:
         self.state = path / "last" / "state.ckpt"
         self.weights = path / checkpoint.WEIGHTS_NAME
         self.resumed = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder, which is made for that and goes again if nothing is put into it.
+
+        The lock is the system's, on the folder itself: it leaves no file, and ends with the process.
+
+        Raises:
+            BlockingIOError: a run is going on there.
+        """
+        made = not self.path.exists()
+        if made:
+            self.path.mkdir(parents=True, exist_ok=True)
+        if fcntl is None or not self.path.is_dir():
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            deadline = time.monotonic() + KILLED_WORKERS
+            while not _locked(handle):
+                if time.monotonic() >= deadline:
+                    raise BlockingIOError(
+                        f"{self.path}: another run is going on in there: wait for it, stop it, or choose another folder"
+                    )
+                time.sleep(0.1)
+            yield
+        finally:
+            os.close(handle)
+            if made:
+                with contextlib.suppress(OSError):  # there is a run in it now
+                    self.path.rmdir()
 
     def begin(self, run: RunConfig, *, resume: bool, overwrite: bool) -> None:
         """Make the folder, or take over an earlier one as asked; config.json is in it afterwards.
@@ -308,6 +347,17 @@ class RunFolder:
     def save_weights(self, run: RunConfig, model: NextItNet) -> None:
         """Write weights.safetensors, atomically."""
         checkpoint.save(self.path, model, extra=run.sections())
+
+
+def _locked(handle: int) -> bool:
+    """Lock an open folder for as long as it is open, unless another has; file systems without locks take every one."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -48,7 +48,8 @@ def read_histories(source: str | Path | IO[bytes], *, format: HistoryFormat | No
             prepare``, for all of its users: what was hidden for validation and test belongs to their histories.
         format: ``"sequences"`` (items separated by spaces or, if there is a comma in the line, by commas; the user is
             the line number), ``"users"`` (``user<TAB>items``) or ``"jsonl"`` (``{"user": ..., "items": [...]}``;
-            without a user, the line number). By default told by the first line that is not blank.
+            without a user, the line number). By default told by the first line that is not blank, which then must not be
+            the header of an interaction log, nor start with a bracket.
 
     Raises:
         FileNotFoundError: no such file.
@@ -101,7 +102,7 @@ def _parse(stream: IO[bytes], name: str, format: HistoryFormat | None) -> Iterat
             continue
         found = True
         if format is None:
-            format = "jsonl" if line.lstrip().startswith("{") else "users" if "\t" in line else "sequences"
+            format = _format_of(line, where)
         line = line.rstrip("\r\n")
         if "\r" in line:
             raise ValueError(
@@ -110,6 +111,35 @@ def _parse(stream: IO[bytes], name: str, format: HistoryFormat | None) -> Iterat
         yield _PARSERS[format](line, number, where)
     if not found:
         raise ValueError(f"{name}: holds no history; give one line per user")
+
+
+def _format_of(line: str, where: str) -> HistoryFormat:
+    """What the first line shows. Raises ValueError for one that is no history."""
+    if line.lstrip().startswith("{"):
+        return "jsonl"
+    shown = repr(line.strip(BLANK + "\n")[:60])
+    unless = "; if it is a history, name the format (--history-format, format=)"
+    if line.lstrip().startswith("["):
+        raise ValueError(
+            f'{where}: starts with a bracket ({shown}): a history is {{"user": ..., "items": [...]}} or ids between blanks'
+            + unless
+        )
+    if _is_log_header(line.strip(BLANK + "\n")):
+        raise ValueError(
+            f"{where}: looks like the header of an interaction log ({shown}): run `cprec prepare` on it and give that "
+            f"folder, or write one history per line{unless}"
+        )
+    return "users" if "\t" in line else "sequences"
+
+
+def _is_log_header(line: str) -> bool:
+    try:
+        from cprec.data.columns import has_user_and_item
+        from cprec.data.layout import split_header
+    except ImportError:  # no Polars, which reading histories does not need
+        return False
+    rows = [split_header(line, separator) for separator in "\t,;"]
+    return any(has_user_and_item([re.sub(":(token|float)(_seq)?$", "", name) for name in names]) for names in rows)
 
 
 def _split(text: str, where: str) -> list[str]:

@@ -166,6 +166,7 @@ def train(
         The finished run. In the other processes of a multi-process run this function does not return (they exit).
 
     Raises:
+        BlockingIOError: another run is going on in ``out``.
         FileExistsError: ``out`` exists; FileNotFoundError: nothing to resume.
         ValueError: the model is for another catalogue; accelerator, devices or strategy are not to be had here; on
             resuming, data or configuration differ from the run's; what it is to start from does not fit.
@@ -182,7 +183,7 @@ def train(
     folder = RunFolder(Path(out))
     if str(folder.path.resolve()) == run_config.training.start_from:
         raise ValueError(f"{out} is the run to start from, and would be replaced: choose another folder")
-    with _quiet_lightning(), _kept_random_state():
+    with contextlib.ExitStack() as lock, _quiet_lightning(), _kept_random_state():
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
         main = getattr(rank_zero_only, "rank", 0) in (
@@ -190,6 +191,7 @@ def train(
             0,
         )  # processes launched for other devices come through here too
         if main:
+            lock.enter_context(folder.held())
             folder.begin(run_config, resume=resume, overwrite=overwrite)
         history = folder.history()
         if is_finished(history, config):
@@ -206,9 +208,9 @@ def train(
                     folder.drop_if_empty()
                 raise
             history = folder.history()
-    if not main:
-        raise SystemExit(0)
-    return _finish(data, config, folder, history, device, progress)
+        if not main:
+            raise SystemExit(0)
+        return _finish(data, config, folder, history, device, progress)
 
 
 def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool, main: bool) -> torch.device:

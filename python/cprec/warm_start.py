@@ -65,7 +65,7 @@ def read_former(folder: str | os.PathLike[str]) -> Former:
     folder = Path(folder)
     config, sections = checkpoint.read_config(folder)
     if "export" in sections:
-        return Former(checkpoint.load(folder).eval(), read_items(folder, config.num_items)[0])
+        return Former(checkpoint.load(folder).eval(), read_items(folder, config.num_items, sections["export"])[0])
     run = RunConfig.read(folder)
     if not (folder / checkpoint.WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"{folder} has no {checkpoint.WEIGHTS_NAME} yet: no epoch of that run has finished")

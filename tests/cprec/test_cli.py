@@ -315,6 +315,7 @@ def test_train_resumes_and_refuses_to_overwrite(run, trained, tmp_path):
         (["evaluate", "{data}"], 1, "{data}"),
         (["evaluate", "{run}", "--topn", "0"], 1, "at least 1"),
         (["recommend", "{run}", "{new}"], 1, "no such file of histories"),
+        (["recommend", "{run}", "{new}", "-o", "{raw}.csv"], 1, "cprec: {new}: no such file of histories"),
         (["recommend", "{run}", "{raw}", "-o", "{new}/top.csv"], 1, "no such directory"),
         (["recommend", "{run}", "{raw}", "-o", "top.xlsx"], 1, "cannot tell the output format"),
         (["recommend", "{run}", "{raw}", "-k", "0"], 1, "k must be at least 1"),
@@ -376,3 +377,12 @@ def test_the_random_state_of_torch_survives_a_command(run, trained):
     torch.manual_seed(3)
     run("info", trained / "run")
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("items", [10, 11])
+def test_what_prepare_says_comes_next_suits_the_catalogue(run, tmp_path, items):
+    lines = [" ".join(f"i{(user + step) % items}" for step in range(5)) for user in range(20)]
+    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
+    out, _ = run("prepare", tmp_path / "log.txt", "-o", tmp_path / "data", "-q")
+    advice = out.splitlines()[-1].removeprefix("next: cprec ").replace("RUN", str(tmp_path / "run"))
+    run(*advice.split(), "--epochs", 1, "--dim", 8, "-q")

@@ -117,7 +117,8 @@ def test_a_known_header_is_no_table(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["created_at", "event_timestamp", "eventTime", "Purchase Date", "reviewTime", "rating_timestamp", "review-timestamp",
-     "order_date", "click_time", "watched.date", "server_timestamp"],
+     "order_date", "click_time", "watched.date", "server_timestamp", "event_ts", "Event-TS", "ts_ms", "event_ts_ms", "time_ms",
+     "timestamp_ms", "timestamp_us", "updated_at", "added at", "t_dat"],
 )  # fmt: skip
 def test_columns_of_time(tmp_path, name):
     path = write(tmp_path, table(WALK, ",", f"user_id,item_id,{name}\n"))
@@ -139,6 +140,17 @@ def test_columns_of_time(tmp_path, name):
         ("user,item,release_date", lambda u, i, t: (u, i, "1999-01-01")),
         ("user,item,watch_time", lambda u, i, t: (u, i, t % 100)),  # a duration
         ("user,item,ship_date,pay_date", lambda u, i, t: (u, i, t, t)),  # which of them?
+        ("user,item,paid_at,event_ts", lambda u, i, t: (u, i, t, t)),
+        *(
+            (f"user,item,{name}", lambda u, i, t: (u, i, t))
+            for name in ("counts", "points", "products", "format", "flat")
+        ),
+        *(
+            (f"user,item,{name}", lambda u, i, t: (u, i, t))
+            for name in ("item_counts", "file_format", "geo_lat", "items_ms")
+        ),
+        ("user,item,bought_at", lambda u, i, t: (u, i, "the market")),
+        ("user,item,looked_at", lambda u, i, t: (u, i, t % 100)),  # how often?
     ],
 )
 def test_columns_that_are_no_time(tmp_path, header, of):
@@ -273,3 +285,116 @@ def test_damage_without_a_header_has_its_line(tmp_path, damage, line, message):
     path = write(tmp_path, TABLES["steam"][0] + damage)
     with pytest.raises(DataError, match=rf"data.txt:{line}: {message}"):
         scan_interactions(path, user_column="1", item_column="2").check()
+
+
+def test_a_time_is_not_lost_to_one_of_a_looser_name(tmp_path):
+    path = write(tmp_path, table([(u, i, 5, t) for u, i, t in WALK], ",", "user,item,updated_at,click_time\n"))
+    assert read(path)["time"] == "click_time"
+    path = write(tmp_path, table([(t, u, "x", i) for u, i, t in WALK], ",", "t_dat,customer_id,price,article_id\n"))
+    assert read(path) == {"user": "customer_id", "item": "article_id", "time": "t_dat"}
+
+
+def noted(name):
+    return (
+        f"the column '{name}' looks like a time and was not used, lines are taken in the file's order: pass "
+        f"--time-column {name}, or '' to keep it so"
+    )
+
+
+def test_a_column_that_looks_like_a_time_and_is_not_used_is_noted(tmp_path):
+    made = [(u, i, t, f"2020-01-{9 - t // 10 % 7:02d}", 5) for u, i, t in WALK]
+    text = table(made, ",", "user,item,event_x,day,stars\n")
+    assert scan_interactions(write(tmp_path, text[:-1])).notes[1:] == (noted("event_x"), noted("day"))
+    path = write(tmp_path, text)
+    assert scan_interactions(path).notes == (noted("event_x"), noted("day"))
+    for chosen in ("event_x", "day", ""):
+        assert scan_interactions(path, time_column=chosen).notes == ()
+    data = prepare(path, tmp_path / "out")
+    assert [value for label, value in summarise(data).rows() if label == "note"] == [noted("event_x"), noted("day")]
+    by_number = write(tmp_path, table([(*row, "web") for row in WALK]))
+    assert scan_interactions(by_number, user_column="1", item_column="2").notes == (noted("3"),)
+
+
+@pytest.mark.parametrize("header", ["user,item,order_id", "user,item,isbn", "user,item,time", "user_id,item_id,stars"])
+def test_columns_that_are_not_noted(tmp_path, header):
+    made = [(u, i, 5 if header.endswith("stars") else t) for u, i, t in WALK]
+    assert scan_interactions(write(tmp_path, table(made, ",", header + "\n"))).notes == ()
+
+
+def test_dates_in_parquet_that_are_not_used_are_noted(tmp_path):
+    log = pl.DataFrame(WALK, schema=["user", "item", "number"], orient="row")
+    log = log.with_columns(moment=pl.from_epoch("number"), day=pl.from_epoch("number").dt.date())
+    log.write_parquet(tmp_path / "log.parquet")
+    assert scan_interactions(tmp_path / "log.parquet").notes == (noted("moment"), noted("day"))
+    for chosen in ("moment", ""):
+        assert scan_interactions(tmp_path / "log.parquet", time_column=chosen).notes == ()
+
+
+def test_notes_on_columns_leave_fingerprints_as_they_were(tmp_path):
+    data = prepare(write(tmp_path, table(WALK, ",", "user,item,event_x\n")[:-1]), tmp_path / "out")
+    assert len(data.meta["notes"]) == 2
+    data.meta["notes"].pop()  # prepared by an earlier version
+    assert fingerprint(data.meta) == data.fingerprint
+    data.meta["notes"].pop()  # of the line break that is missing
+    assert fingerprint(data.meta) != data.fingerprint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ann\ta b c\nbob\ta\neve smith\tc d\n",
+        "ann\ta b\nbob\tc d\ndan\tb a\neve\tc a\n",
+        "ann\ta,b,c\nbob\td,e\neve\t\n",
+        "1\t10,20\n2\t30,10\n3\t20,30\n",  # pairs, had they blanks
+        "1\t10,20\n2\t30\n3\t20,30\n",
+        "".join(f"{user}\t{' '.join(map(str, range(user % 5 + 1)))}\n" for user in range(1, 50)),
+    ],
+)
+def test_histories_of_users_are_not_taken_for_sequences(tmp_path, text):
+    path = write(tmp_path, text, "my histories.txt")
+    expected = r"is user<TAB>items: cut the users off \(cut -f 2- 'my histories.txt'\), or pass --format sequences"
+    for call in (detect_format, scan_interactions):
+        with pytest.raises(DataError, match=expected):
+            call(path)
+    first = text.split("\t")[0].split()[0]
+    assert rows(path, format="sequences", ids="text")[0][1].split("\t")[0] == first
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\tb\tc\td\nb\tc\na\td\tc\tb\te\n",
+        "ann\ta b\nbob\tc\nann\td e f\n",  # twice
+        "ann\ta\nbob\tb\neve\tc\n",
+        "a b c d\nb\tc d\na e\n",
+    ],
+)
+def test_sequences_with_tabs_stay_sequences(tmp_path, text):
+    assert detect_format(write(tmp_path, text)) == "sequences"
+
+
+REVIEWERS = [f"A{number:09X}Z" for number in range(6)]
+PRODUCTS = ["B000000A1Z", "0205616461", "020561646X", "B000000A2Z", "0205616463", "B000000A3Z"]
+
+
+@pytest.mark.parametrize("format", [None, "amazon"])
+@pytest.mark.parametrize("items_first", [False, True])
+def test_amazon_ratings_of_both_orders(tmp_path, items_first, format):
+    made = [(user, item, 5.0, 1_369_699_200) for user, item in zip(REVIEWERS, PRODUCTS, strict=True)]
+    text = table([(item, user, *rest) for user, item, *rest in made] if items_first else made)
+    path = write(tmp_path, text)
+    assert detect_format(path) == "amazon"
+    expected = [(user, item, float(time)) for user, item, _, time in made]
+    assert rows(path, format=format) == expected
+    assert rows(path, format=format, time_column="4") == expected
+    chosen = rows(path, format=format, user_column="1", item_column="2")
+    assert chosen == [(item, user, time) if items_first else (user, item, time) for user, item, time in expected]
+    assert read(path, format=format, user_column="1") == {"user": "field 1", "item": "field 2", "time": "field 4"}
+    damaged = write(tmp_path, text + "?,?,1.0,1369699200\n")
+    assert rows(damaged, format=format)[:6] == expected
+
+
+def test_amazon_ratings_of_other_ids_keep_their_order(tmp_path):
+    for users in (PRODUCTS, REVIEWERS, ["u1", "u2", "u3", "u4", "u5", "u6"]):
+        made = [(user, user, 5.0, 1_369_699_200) for user in users]
+        assert read(write(tmp_path, table(made)))["user"] == "field 1"

@@ -1,5 +1,7 @@
 """Every format is recognised by its content and read; every kind of damage is reported with file and line."""
 
+import os
+
 import polars as pl
 import pytest
 
@@ -141,6 +143,18 @@ def test_parquet_damage(tmp_path):
         scan_interactions(path)
 
 
+@pytest.mark.parametrize(
+    "times", [[1.0, None, 2.0], [1.0, float("nan"), 2.0], pl.Series([1, None, 2]).cast(pl.Datetime("us"))]
+)
+def test_parquet_without_a_time_in_a_row(tmp_path, times):
+    path = tmp_path / "log.parquet"
+    pl.DataFrame({"user": [1, 1, 2], "item": [1, 2, 3], "time": times}).write_parquet(path)
+    with pytest.raises(
+        DataError, match=r"row 1: the timestamp is missing or not a number; drop the row or convert it$"
+    ):
+        scan_interactions(path).check()
+
+
 GOOD = "".join(f"{user} {item}\n" for user in range(1, 11) for item in range(4))  # 40 lines
 
 DAMAGE = [
@@ -205,6 +219,9 @@ def test_ids_option(tmp_path):
         ("\n  \n\n", "blank lines only"),
         ("user,item\n", "a header and nothing below it"),
         (b"\x1f\x8b\x08rest", "compressed; unpack it first \\(gunzip\\)"),
+        (b"\x28\xb5\x2f\xfd\0\0rest", "compressed; unpack it first \\(unzstd\\)"),
+        ("user,item\n1,2\n".encode("utf-16"), r"is UTF-16; convert it \(iconv -f UTF-16 -t UTF-8\)"),
+        ("\ufeffuser,item\n1,2\n".encode("utf-16-be"), "is UTF-16; convert it"),
         ("shopper,thing,when\nann,apple,2020-01-01\n", "looks like the user; the columns are: shopper, thing, when"),
         ("user,item,item\n1,2,3\n", "the column 'item' is there twice"),
         ("user,item,timestamp\ru1,a,1\ru1,b,2\r", "ends its lines with carriage returns alone"),
@@ -265,3 +282,22 @@ def test_an_inter_header_below_blank_lines_is_no_user(tmp_path):
     found = rows(write(tmp_path, text))
     assert len(found) == 20
     assert not any("id" in str(value) for row in found for value in row)
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """Polars takes them for something else than a path. A link of another name will do for a source."""
+    folder = tmp_path / os.fsdecode(b"d\xe9")
+    folder.mkdir()
+    for number, path in enumerate((write(tmp_path, PAIRS, os.fsdecode(b"r\xe9.txt")), write(folder, PAIRS))):
+        for call in (detect_format, scan_interactions, lambda path: prepare(path, tmp_path / "none")):
+            with pytest.raises(DataError, match="the name is not UTF-8: rename it, or make a link of another name"):
+                call(path)
+        link = tmp_path / f"link{number}"
+        link.symlink_to(path)
+        assert prepare(link, tmp_path / f"out{number}").num_users == 3
+    good = write(tmp_path, PAIRS)
+    (tmp_path / "to").symlink_to(folder)
+    for out in (tmp_path / os.fsdecode(b"o\xe9"), folder / "out", tmp_path / "to" / "out"):
+        with pytest.raises(DataError, match="the name is not UTF-8: choose another one"):
+            prepare(good, out)
+    assert [entry.name for entry in folder.iterdir()] == ["data.txt"]

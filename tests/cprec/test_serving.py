@@ -5,6 +5,8 @@ import io
 import json
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
@@ -185,6 +187,31 @@ def test_formats_are_told_by_content():
     assert read('{"user": 7, "items": ["a", 3]}\n{"items": []}\n') == [History("7", ["a", "3"]), History("2", [])]
     assert read(b"\xef\xbb\xbfa b\n") == [History("1", ["a", "b"])]
     assert read('{"a"} b\n', format="sequences") == [History("1", ['{"a"}', "b"])]
+    assert read("[a] b\n", format="sequences") == [History("1", ["[a]", "b"])]
+    assert read("a b\n[a] b\n") == [History("1", ["a", "b"]), History("2", ["[a]", "b"])]
+    assert read("a,b\nuser,item\n") == [History("1", ["a", "b"]), History("2", ["user", "item"])]
+    assert read("user:1\titem:2\n") == [History("user:1", ["item:2"])]
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["user_id,item_id,timestamp", "userId;movieId", "user\titem\ttime", '"session_id","price","item_id"',
+     "user_id:token\titem_id:token\ttimestamp:float"],
+)  # fmt: skip
+def test_the_header_of_a_log_is_no_history(header):
+    with pytest.raises(
+        ValueError, match=r":2: looks like the header of an interaction log \(.*\): run `cprec prepare`"
+    ) as e:
+        read(f"\n  {header}\r\n1,2,3\n")
+    assert repr(header[:60]) in str(e.value)
+    assert read(f"{header}\n", format="users" if "\t" in header else "sequences")
+
+
+def test_histories_are_read_without_polars():
+    code = "import io, sys; sys.modules['polars'] = None; from cprec.serving_io import read_histories as r\n"
+    code += "print([history.items for history in r(io.BytesIO(b'user,item\\n'))])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[['user', 'item']]\n"
 
 
 @pytest.mark.parametrize(
@@ -205,6 +232,10 @@ def test_formats_are_told_by_content():
         (b"a b\n\xff\xfe\n", ":2: not UTF-8"),
         ("\n \n", "holds no history"),
         ("", "holds no history"),
+        (
+            "[1, 2, 3]\n",
+            r""":1: starts with a bracket \('\[1, 2, 3\]'\): a history is \{"user": ..., "items": \[...\]\} or ids""",
+        ),
     ],
 )
 def test_bad_lines_are_named(text, message):

@@ -13,12 +13,13 @@ import torch
 
 from cprec import checkpoint
 from cprec.data import PreparedData, prepare
-from cprec.exported import export, load
+from cprec.exported import _BATCH, export, load
 from cprec.files import atomic_write
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.run_folder import RunConfig, RunFolder
 from cprec.serving import recommend
 from cprec.training import TrainingConfig
+from cprec.warm_start import read_former
 
 LENGTH = 4
 
@@ -92,6 +93,12 @@ def test_topk_takes_item_numbers(exported):
     assert not scores.requires_grad
     for storage in ("float32", "float16", "int8"):
         assert torch.equal(model.topk(histories, 3, exclude=histories, storage=storage)[1], items)
+
+
+def test_more_histories_than_a_batch_are_all_answered(exported):
+    model = load(exported)
+    count = _BATCH + 3
+    assert len(model.recommend([[model.items[index % 5]] for index in range(count)], k=1)) == count
 
 
 SERVE = """
@@ -236,3 +243,24 @@ def test_a_place_that_cannot_be_written_to_is_named_and_not_its_temporary(run, t
         prepare(tmp_path / "log.txt", tmp_path / "data")
     assert failed.value.filename == str(tmp_path / "data")
     assert {entry.name for entry in tmp_path.iterdir()} == {"log.txt"}
+
+
+def test_items_of_another_export_are_refused(exported):
+    path = exported / "items.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"\xef\xbb\xbf" + b"".join(lines))
+    load(exported)  # an editor's mark changes nothing
+    path.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
+    with pytest.raises(ValueError, match=r"items\.jsonl is not what was exported with this config\.json"):
+        load(exported)
+    with pytest.raises(ValueError, match=r"items\.jsonl is not what was exported with this config\.json"):
+        read_former(exported)
+
+
+@pytest.mark.parametrize("item", [1.0, b"i1", None, True, torch.tensor(1)], ids=repr)
+def test_ids_of_other_types_are_refused(exported, item):
+    model = load(exported)
+    for call in (lambda: model.recommend([[item]], 2), lambda: model.recommend([[]], 2, candidates=[item])):
+        with pytest.raises(TypeError, match="item ids are strings or integers, got"):
+            call()
+    assert model.recommend([[np.int64(7)]], 2) == model.recommend([["7"]], 2)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -376,3 +377,33 @@ def test_seeds_end_where_torchs_do():
     assert dataclasses.replace(CONFIG, seed=2**64 - 1).seed == 2**64 - 1
     with pytest.raises(ValueError, match=r"seed must be below 2\^64, got 99999999999999999999"):
         dataclasses.replace(CONFIG, seed=99999999999999999999)
+
+
+def test_a_second_run_in_a_folder_waits_and_gives_up(data, model, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    first = train(data, model, CONFIG, out, progress=False)
+    before = files(out)
+    monkeypatch.setattr("cprec.run_folder.KILLED_WORKERS", 0.0)
+    longer = dataclasses.replace(CONFIG, epochs=2)
+    with RunFolder(out).held():
+        for how in ({"overwrite": True}, {"resume": True}):
+            with pytest.raises(BlockingIOError, match=r"run: another run is going on in there: wait for it, stop it"):
+                train(data, model, longer, out, progress=False, **how)
+    assert files(out) == before
+    assert len(train(data, model, longer, out, progress=False, resume=True).history) == len(first.history) + 1
+
+
+def test_workers_that_outlive_a_killed_run_are_waited_for(data, model, tmp_path):
+    lock = RunFolder(tmp_path / "run").held()
+    lock.__enter__()
+    (tmp_path / "run" / "config.json").touch()  # or the folder goes with its lock
+    threading.Timer(0.5, lock.__exit__, (None, None, None)).start()
+    with pytest.raises(FileExistsError, match="resume it, overwrite it, or choose another folder"):
+        train(data, model, CONFIG, tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"resume": True, "overwrite": True}], ids=str)
+def test_a_run_that_cannot_begin_leaves_no_folder(data, model, tmp_path, options):
+    with pytest.raises((FileNotFoundError, ValueError)):
+        train(data, model, CONFIG, tmp_path / "run", progress=False, **options)
+    assert not list(tmp_path.iterdir())

@@ -19,10 +19,17 @@ _ENDS_AS_TIME = re.compile(r".*(timestamp|time|(?<!candi)(?<!birth)(?<!release)(
 _TIME_NAMES = (
     *("timestamp", "time", "ts", "t", "unixreviewtime", "unixtime", "eventtime", "datetime", "date"),
     *("eventtimestamp", "ratingtimestamp", "reviewtimestamp", "createdat", "reviewtime", "purchasedate", "orderdate"),
+    "tdat",
+)
+# names as they stand: without what separates their words, counts and formats would end in "ts" and "at", too
+_IS_STAMP = re.compile(
+    r".*[_\- .](ts|at)|(.*[_\- .])?ts[_\- .]?(ms|us|ns)|.*time(stamp)?[_\- .]?ms|.*timestamp[_\- .]?(us|ns)",
+    re.IGNORECASE,
 )
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d.*)?")
 TIME_LIKE = 100_000_000  # 1973 in Unix seconds: smaller numbers are as likely to be items or ratings
+UNUSED_TIME = ", or '' to keep it so"  # how the note on a column that looks like a time ends
 
 
 def resolve_columns(
@@ -35,7 +42,8 @@ def resolve_columns(
 ) -> tuple[int, int, int | None]:
     """Positions of user, item and time among ``columns``. Raises DataError that lists the columns there are.
 
-    A time column is one of a known name, or else the only one whose name ends like a time's; with ``""`` there is none.
+    A time column is one of a known name, or else the only one whose name ends in time or date, or else the only one whose
+    name ends in _ts, _at or a unit (``event_ts``, ``time_ms``); with ``""`` there is none.
     """
     listed = ", ".join(columns)
     doubled = {name for name in columns if columns.count(name) > 1}
@@ -65,10 +73,11 @@ def resolve_columns(
     assert user is not None
     assert item is not None
     time = None if time_column == "" else find("time", time_column, _TIME_NAMES, False)
-    ends = [place for place, name in enumerate(columns) if _ENDS_AS_TIME.fullmatch(_plain(name))]
-    others = [place for place in ends if place not in (user, item)]
-    if time is None and time_column is None and len(others) == 1:
-        time = others[0]
+    if time is None and time_column is None:
+        others = [place for place in range(len(columns)) if place not in (user, item)]
+        ends = [place for place in others if _ENDS_AS_TIME.fullmatch(_plain(columns[place]))]
+        ends = ends or [place for place in others if _IS_STAMP.fullmatch(columns[place])]
+        time = ends[0] if len(ends) == 1 else None
     if user == item:
         raise DataError(f"the column {columns[user]!r} cannot be both user and item; the columns are: {listed}", path)
     return user, item, time
@@ -85,9 +94,26 @@ def has_user_and_item(names: Sequence[str]) -> bool:
 
 
 def only_named_as_time(name: str, values: Sequence[str]) -> bool:
-    """Whether a column found by the end of its name holds numbers too small for timestamps: a duration, or a year."""
+    """Whether a column found by the end of its name holds numbers too small for timestamps: a duration, or a year. Or
+    words, where it says when as little as where: ``bought_at``."""
     small = [is_number(value) and not at_least(value, TIME_LIKE) for value in values]
-    return _plain(name) not in _TIME_NAMES and most(small)
+    words = [bool(value) and not re.search(r"\d", value) for value in values]
+    return _plain(name) not in _TIME_NAMES and (most(small) or (bool(_IS_STAMP.fullmatch(name)) and most(words)))
+
+
+def looks_like_time(name: str, values: Sequence[str]) -> bool:
+    """Whether a column, whatever its name, holds dates or numbers of a timestamp's size, and no ids by its name."""
+    known = (*_USER_NAMES, *_SESSION_NAMES, *_ITEM_NAMES, *_THING_NAMES)
+    of_ids = _plain(name).endswith("id") or _plain(name) in known
+    return not of_ids and most([is_date(value) or at_least(value, TIME_LIKE) for value in values])
+
+
+def unused_time(name: str) -> str:
+    """The note on a column that looks like a time in a file read without one."""
+    return (
+        f"the column {name!r} looks like a time and was not used, lines are taken in the file's order: pass "
+        f"--time-column {shlex.quote(name)}{UNUSED_TIME}"
+    )
 
 
 def json_advice(path: Path, lines: list[str]) -> str:

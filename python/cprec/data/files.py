@@ -14,7 +14,9 @@ from typing import Any
 
 from cprec.files import naming
 
+from .columns import UNUSED_TIME
 from .errors import DataError
+from .sample import is_utf8_name
 
 META = "meta.json"
 MARKER = "cprec-prepared"
@@ -33,9 +35,12 @@ def _hasher(algorithm: str) -> Any:
 
 
 def fingerprint(meta: dict[str, Any]) -> str:
-    """Digest of a meta.json without its own ``fingerprint`` entry, and without the names of the columns that were read: the
-    files say what was in them, and folders from before names were kept have the fingerprint of those from after."""
+    """Digest of a meta.json without its own ``fingerprint`` entry, and without the names of the columns that were read and
+    were not: the files say what was in them, and folders from before names were kept have the fingerprint of those from
+    after."""
     body = {key: value for key, value in meta.items() if key != "fingerprint"}
+    if isinstance(body.get("notes"), list):
+        body["notes"] = [note for note in body["notes"] if not str(note).endswith(UNUSED_TIME)]
     if isinstance(body.get("source"), dict):
         body["source"] = {key: value for key, value in body["source"].items() if key != "columns"}
     text = json.dumps(body, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
@@ -69,9 +74,12 @@ def check_target(out: Path, overwrite: bool) -> None:
     """Refuse a target folder that must not be replaced.
 
     Raises:
-        DataError: ``out`` is the current folder; it exists and ``overwrite`` is False; or it is not a prepared folder,
-            or holds files that ``prepare`` did not write, and so would not be deleted even with ``overwrite``.
+        DataError: ``out`` has a name that is not UTF-8; it is the current folder; it exists and ``overwrite`` is False; or
+            it is not a prepared folder, or holds files that ``prepare`` did not write, and so would not be deleted even
+            with ``overwrite``.
     """
+    if not is_utf8_name(out.resolve()):  # through links, as new_folder follows them
+        raise DataError("the name is not UTF-8: choose another one, or rename the folder it is in", out)
     if not os.path.lexists(out):
         return
     if out.resolve() == Path.cwd():

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import itertools
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .columns import (
     is_number,
     json_advice,
     kind_of,
+    looks_like_time,
     most,
     only_named_as_time,
     resolve_columns,
@@ -38,6 +40,8 @@ FORMATS = ("pairs", "sequences", "csv", "tsv", "parquet", "inter", "ml-1m", "ml-
 _TYPED = re.compile(r"[^:\t]+:(token|token_seq|float|float_seq)")
 _DATE_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f%z", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 _SEPARATORS = ("\t", ",", ";", "|", " ")
+_REVIEWER = re.compile(r"A[0-9A-Z]{9,20}")  # Amazon's users
+_PRODUCT = re.compile(r"B[0-9A-Z]{9}|\d{9}[\dX]", re.ASCII)
 _TABLE_LINES = 4  # as wide as each other they are a table; fewer, where their columns also differ in kind
 
 
@@ -82,16 +86,17 @@ def detect_format(path: str | Path) -> str:
 
     The file's name plays no part. In order: Parquet's magic bytes; a typed header (``.inter``); a header with known
     column names, or one whose columns turn into numbers or dates below it (``csv``, ``tsv``); ``::`` between four
-    fields (``ml-1m``); four fields with a timestamp at the end, tabs (``ml-100k``) or commas (``amazon``) between
-    them; else ``pairs`` or ``sequences``. Lines of two fields are ``pairs`` when a first field comes again on another
-    line, when the first fields are integers that never fall, or when one field is a number and the other is not. Lines
-    of three are ``pairs`` when the third is a number and it is at least 10**8, the second is none, or the lines of one
-    user stand together. Every other text is ``sequences``, unless its lines are JSON or all of one width, three fields
-    or more, as those of a table are. Where that guesses wrong, pass ``format=``.
+    fields (``ml-1m``); four fields with a timestamp at the end, tabs (``ml-100k``) or commas (``amazon``) between them
+    (in ``amazon`` files user and item are swapped where ids look it, see :func:`scan_interactions`); else ``pairs`` or
+    ``sequences``. Lines of two fields are ``pairs`` when a first field comes again on another line, when the first
+    fields are integers that never fall, or when one field is a number and the other is not. Lines of three are
+    ``pairs`` when the third is a number and it is at least 10**8, the second is none, or the lines of one user stand
+    together. Every other text is ``sequences``, unless its lines are JSON or all of one width, three fields or more,
+    as those of a table are, or a user, a tab and that user's items. Where that guesses wrong, pass ``format=``.
 
     Raises:
-        DataError: no such file, an empty one, one that is compressed, binary or not UTF-8, JSON, or a table whose
-            columns are not known.
+        DataError: no such file, an empty one, one that is compressed, binary or not UTF-8, JSON, a table whose columns
+            are not known, or histories of users.
     """
     path = check_file(path)
     if is_parquet(path):
@@ -200,10 +205,19 @@ def _detect(path: Path, sample: Sample, user_column: str | None, item_column: st
         if most([len(row) == 4 and is_number(row[2]) and at_least(row[3], TIME_LIKE) for row in rows]):
             return kind
     table = _table(lines)
-    if not (table and table[0] in ";|") and _are_pairs(_tokens(lines)):  # which split at blanks and commas alone
+    histories = _are_histories(lines)
+    by_commas = histories and most(["," in line.partition("\t")[2] for line in lines])
+    # pairs split at blanks and commas alone
+    if not (table and table[0] in ";|") and not by_commas and _are_pairs(_tokens(lines)):
         return "pairs"
     if placed:
         return "table"
+    if histories:
+        raise DataError(
+            f"is user<TAB>items: cut the users off (cut -f 2- {shlex.quote(path.name)}), or pass --format sequences "
+            "(format='sequences') if the first field is an item",
+            path,
+        )
     if table:
         named = " or ".join(repr(name) for name in (user_column, item_column) if name)
         raise DataError(
@@ -259,6 +273,14 @@ def _are_pairs(rows: list[list[str]]) -> bool:
     if not of_numbers[2]:
         return False
     return together or not of_numbers[1] or most([at_least(row[2], TIME_LIKE) for row in regular])
+
+
+def _are_histories(lines: list[str]) -> bool:
+    """Whether these are ``user<TAB>items``, as ``cprec recommend`` takes them, each user on one line."""
+    rows = [line.split("\t") for line in lines]
+    rows = [row for row in rows if len(row) == 2]
+    several = any(len(re.findall("[^ ,]+", items)) > 1 for _, items in rows)
+    return several and len(rows) * 2 > len(lines) and len({user for user, _ in rows}) == len(rows)
 
 
 def _header_separator(lines: list[str], user_column: str | None, item_column: str | None) -> str | None:
@@ -326,6 +348,8 @@ def _headerless(
         usual = (0, 1, 2 if width == 3 else None)
     else:
         separator, width = {"ml-1m": "::", "ml-100k": "\t", "amazon": ","}[kind], 4
+        if kind == "amazon" and places[:2] == (None, None) and _items_first(lines):
+            usual = (1, 0, 3)
     user, item, time = (standard if place is None else place for place, standard in zip(places, usual, strict=True))
     if time_column == "" or (places[2] is None and time in (user, item)):
         time = None
@@ -337,6 +361,22 @@ def _headerless(
     if len(set(found)) < len(found):
         raise DataError(f"user, item and time must be different columns, got {[place + 1 for place in found]}", path)
     return Layout(kind, separator, width, user=user, item=item, time=time)
+
+
+def _items_first(lines: list[str]) -> bool:
+    """Whether Amazon's ratings are those of 2018 or later, whose first two fields have changed places."""
+    rows = [[field.strip(BLANK) for field in line.split(",")[:2]] for line in lines]
+    rows = [row for row in rows if len(row) == 2]
+    products = most([_PRODUCT.fullmatch(first) is not None for first, _ in rows])
+    return products and most([_REVIEWER.fullmatch(second) is not None for _, second in rows])
+
+
+def unused_times(sample: Sample, layout: Layout) -> list[str]:
+    """Columns besides user and item that look like times, by name or, without a header, by number."""
+    rows = [row for row in _split_all(sample.lines[1 if layout.columns else 0 :], layout) if row]
+    names = layout.columns or [str(place) for place in range(1, layout.fields + 1)]
+    others = [place for place in range(layout.fields) if place not in (layout.user, layout.item)]
+    return [names[place] for place in others if looks_like_time(names[place], [row[place] for row in rows])]
 
 
 def _with_types(path: Path, sample: Sample, layout: Layout, ids: str) -> Layout:

@@ -17,9 +17,9 @@ import polars as pl
 
 from cprec.serving_io import BLANK
 
-from .columns import only_named_as_time, resolve_columns
+from .columns import only_named_as_time, resolve_columns, unused_time
 from .errors import DataError
-from .layout import FORMATS, Layout, detect_format, make_layout
+from .layout import FORMATS, Layout, detect_format, make_layout, unused_times
 from .sample import check_file, is_parquet, not_utf8, read_sample
 
 __all__ = ["FORMATS", "Interactions", "detect_format", "scan_interactions"]
@@ -40,6 +40,7 @@ _REASONS = {
     4: "the user {user!r} is no integer, " + _INTEGERS_ONLY,
     5: "the item {item!r} is no integer, " + _INTEGERS_ONLY,
     6: "the timestamp {time!r} cannot be read as {time_format}",
+    7: "the timestamp is missing or not a number; drop the row or convert it",
 }
 
 
@@ -129,7 +130,8 @@ class Interactions:
         separator = self.layout.separator
         found = len(text.split(None if separator in (" ", "") else separator))
         kinds = {"float": "a number", "int": "an integer"}
-        reason = _REASONS[bad["problem"]].format(
+        physical = bad["problem"] == 6 and self.layout.time_format == "physical"
+        reason = _REASONS[7 if physical else bad["problem"]].format(
             fields=self.layout.fields,
             found=found,
             text=text[:120],
@@ -190,16 +192,18 @@ def scan_interactions(
             - ``parquet``: named columns;
             - ``inter``: RecBole's atomic file, tabs and a typed header (``user_id:token``);
             - ``ml-1m``, ``ml-100k``: MovieLens ``ratings.dat`` (``::``) and ``u.data`` (tabs), user item rating time;
-            - ``amazon``: ``user,item,rating,time`` without a header.
+            - ``amazon``: ``user,item,rating,time`` without a header, as in 2014; ``item,user,rating,time``, as from 2018
+              on, where most first fields look like products (B0..., an ISBN) and most second ones like reviewers (A...).
         user_column, item_column, time_column: names in the header, where it is not the usual ones; in a file without
             a header numbers of fields as text, from ``"1"``. Without a time column, or with ``""`` for it, the file's
-            order is taken as the order in time.
+            order is taken as the order in time; a column that looks like a time but is not used is noted.
         ids: ``"text"`` takes any non-empty id, ``"integer"`` integers only. ``"auto"`` is ``"integer"`` where more than
             nine in ten of the ids at the head and the tail of the file are integers (and in MovieLens files), so that
             a damaged id is reported. Ids are kept as text in every case: ``"007"`` is not ``"7"``.
 
     Raises:
-        DataError: the file is missing, empty, compressed, binary, JSON or not UTF-8; a column is missing or not known.
+        DataError: the file is missing, empty, compressed, binary, JSON or not UTF-8, or its name is not; a column is
+            missing or not known; the lines are ``user<TAB>items``, and no ``format`` is given.
         ValueError: ``format`` or ``ids`` is not one of those above.
     """
     if format is not None and format not in FORMATS:
@@ -212,6 +216,8 @@ def scan_interactions(
     sample = read_sample(path)
     layout = make_layout(path, sample, format, user_column, item_column, time_column, ids)
     notes = () if sample.ends_with_newline else ("the last line has no line break at its end; is the file complete?",)
+    if time_column is None and layout.time is None:
+        notes = (*notes, *map(unused_time, unused_times(sample, layout)))
     if layout.format == "sequences":
         raw = _sequence_items(path, layout)
     elif layout.format in ("csv", "tsv"):
@@ -365,7 +371,8 @@ def _scan_parquet(
         kind = schema.dtypes()[position]
         if kind not in (pl.String, *_INTEGERS) and not isinstance(kind, pl.Categorical | pl.Enum):
             raise DataError(f"the column {names[position]!r} is {kind}; ids must be integers or strings", path)
-    if time is not None and time_column is None and schema.dtypes()[time].is_numeric():
+    kind = pl.Null() if time is None or time_column is not None else schema.dtypes()[time]
+    if time is not None and (kind.is_numeric() or kind == pl.String):
         values = frame.select(names[time]).head(1000).collect().to_series().cast(pl.String).drop_nulls()
         time = None if only_named_as_time(names[time], values.to_list()) else time
     stamp = None if time is None else pl.col(names[time])
@@ -388,7 +395,9 @@ def _scan_parquet(
     )
     integer = ids == "integer"
     layout = Layout("parquet", "", 0, tuple(names), user, item, time, integer, integer, "physical")
-    return _interactions(path, layout, raw, ())
+    dated = [name for name, kind in schema.items() if isinstance(kind, pl.Datetime | pl.Date)]
+    unused = [unused_time(name) for name in dated if time_column is None and time is None]
+    return _interactions(path, layout, raw, tuple(unused))
 
 
 def _first_line(error: Exception) -> str:

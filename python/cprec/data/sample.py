@@ -10,6 +10,10 @@ from cprec.serving_io import BLANK
 from .errors import DataError
 
 SAMPLE_BYTES = 1 << 16
+_COMPRESSED = (
+    *((b"\x1f\x8b", "gunzip"), (b"PK\x03\x04", "unzip"), (b"\xfd7zXZ", "unxz"), (b"BZh", "bunzip2")),
+    (b"\x28\xb5\x2f\xfd", "unzstd"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Sample:
 def check_file(path: str | Path) -> Path:
     """``path`` as a Path to a readable file that is not empty. Raises DataError."""
     path = Path(path)
+    if not is_utf8_name(path):
+        raise DataError("the name is not UTF-8: rename it, or make a link of another name", path)
     if not path.exists():
         raise DataError("no such file", path)
     if not path.is_file():
@@ -37,6 +43,11 @@ def check_file(path: str | Path) -> Path:
     return path
 
 
+def is_utf8_name(path: Path) -> bool:
+    """Whether Polars can take this name, folders included: bytes that are not UTF-8 stand in it as half surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+
+
 def is_parquet(path: Path) -> bool:
     """Whether the file starts with Parquet's magic bytes."""
     with path.open("rb") as file:
@@ -44,16 +55,18 @@ def is_parquet(path: Path) -> bool:
 
 
 def read_sample(path: Path) -> Sample:
-    """Head and tail of a text file. Raises DataError for compressed, binary, blank and non-UTF-8 content."""
+    """Head and tail of a text file. Raises DataError for compressed, binary, blank, UTF-16 and non-UTF-8 content."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(SAMPLE_BYTES)
         file.seek(max(0, size - SAMPLE_BYTES))
         tail = file.read(SAMPLE_BYTES) if size > SAMPLE_BYTES else b""
     last = tail or head
-    for magic, tool in ((b"\x1f\x8b", "gunzip"), (b"PK\x03\x04", "unzip"), (b"\xfd7zXZ", "unxz"), (b"BZh", "bunzip2")):
+    for magic, tool in _COMPRESSED:
         if head.startswith(magic):
             raise DataError(f"is compressed; unpack it first ({tool})", path)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError("is UTF-16; convert it (iconv -f UTF-16 -t UTF-8)", path)
     if b"\0" in head or b"\0" in tail:
         where = head.count(b"\n", 0, head.index(b"\0")) + 1 if b"\0" in head else None
         raise DataError("holds NUL bytes: a binary file, or a text file that was cut off or damaged", path, where)
