@@ -19,7 +19,6 @@ from cprec_kernels import Partition
 
 TARGETS = ("zipf", "uniform")
 SIZES = {"tiny": 1_000, "100k": 100_000, "1m": 1_000_000, "10m": 10_000_000}
-WIDTHS = (64, 128, 256)
 DEFAULT_WIDTH = 128
 # The gate compares against fp64 on a case of the same shape, this much smaller, within these bounds.
 GATE_SHRINK, GATE_MIN_ITEMS, GATE_MAX_ITEMS, GATE_MAX_TOKENS = 50, 2_000, 20_000, 512

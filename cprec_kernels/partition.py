@@ -140,7 +140,8 @@ class Partition:
                 predicted time of a training step or of a search.
             objective: "balanced" weighs quality and speed, "quality" looks at quality alone, "speed" mostly at speed.
             max_clusters: 1..8.
-            options: see :class:`cprec_kernels.planning.Planner`: ranks, machine, tokens, rows.
+            options: see :class:`cprec_kernels.planning.Planner`: ranks, machine, tokens, rows, quality (constants of the
+                surrogate), tie_tails (embedding and softmax share the rows of all clusters but the first).
 
         Raises:
             TypeError, ValueError: counts or options that are refused.

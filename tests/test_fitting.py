@@ -92,3 +92,15 @@ def test_a_fitted_label_finds_a_linear_target_and_keeps_its_guess_where_nothing_
     label, _, _ = fitting.fitted_parent_label(flat, flat @ truth, torch.full((8,), 7.0, dtype=torch.float64), 0.0, True)
     # Nothing pulls at it but the rounding of the solve, over the ridge.
     assert math.isclose(float(label[3]), 7.0, rel_tol=1e-9)
+
+
+def test_a_constant_is_not_shrunk():
+    hidden, targets = torch.randn(200, 4, dtype=torch.float64), torch.full((200,), 7.0, dtype=torch.float64)
+    label, constant, rms = fitting.fitted_parent_label(hidden, targets, torch.zeros(4, dtype=torch.float64), 0.0, True)
+    assert constant == pytest.approx(7.0, rel=1e-9)
+    assert label.abs().max() < 1e-9
+    assert rms < 1e-9
+
+
+def test_moments_of_inputs_that_are_zero_are_positive_definite():
+    torch.linalg.cholesky(fitting.second_moments(torch.zeros(5, 3)))

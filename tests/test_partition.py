@@ -84,6 +84,7 @@ def test_bad_values_are_named(arguments, error, message):
 
 def test_fractions():
     assert Partition.from_fractions(1000, [0.05, 0.2], [64, 16, 4], 64).cutoffs == (50, 200)
+    assert Partition.from_fractions(100, [0.29, 0.57], [4, 2, 1], 4).cutoffs == (29, 57)  # 0.29 * 100 < 29
     with pytest.raises(ValueError, match=r"fractions\[0\] = 1.0"):
         Partition.from_fractions(1000, [1.0], [64, 16], 64)
     with pytest.raises(ValueError, match="ascending"):

@@ -312,6 +312,10 @@ def test_sums_of_runs_are_sums_of_items():
     np.testing.assert_allclose(popularity.shares(places), expected / numbers.sum())
 
 
+def test_shares_of_a_catalogue_that_nobody_has_seen_are_those_of_items():
+    assert counts.Popularity.of([0, 0, 0, 0]).shares(np.array([0, 1, 4])).tolist() == [0.0, 0.25, 1.0]
+
+
 def test_distinct_counts_beyond_what_is_kept_are_joined(monkeypatch):
     numbers = falling(np.random.default_rng(0).random(5000) * 1_000)
     exact = Planner(numbers, 16)
@@ -321,3 +325,8 @@ def test_distinct_counts_beyond_what_is_kept_are_joined(monkeypatch):
     assert joined.popularity.total == pytest.approx(exact.popularity.total)
     partition = Partition(5000, [700, 2500], [16, 8, 4], 16)
     assert joined.predict(partition).loss == pytest.approx(exact.predict(partition).loss, rel=1e-5)
+    monkeypatch.setattr(counts, "MAX_RUNS", 4)
+    few = counts.Popularity.of([9, 9, 9, 8, 7, 7, 6, 5, 4, 4, 4, 4, 3])
+    assert len(few.values) <= 4
+    assert few.values @ np.diff(few.starts) == pytest.approx(79)
+    assert few.starts[-1] == 13

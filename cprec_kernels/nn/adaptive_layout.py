@@ -115,6 +115,11 @@ def _largest_div_value(width: int, ranks: Sequence[int]) -> float:
     return min(math.pow(width / rank, 1 / i) for i, rank in enumerate(ranks, start=1))
 
 
+def _holds(sizes: Sequence[int], ranks: Sequence[int]) -> bool:
+    """Whether tails of so many columns are at least as wide as the ranks."""
+    return all(size >= rank for size, rank in zip(sizes, ranks, strict=True))
+
+
 def div_value_of(partition: Partition) -> float | None:
     """A div_value for which torch's module has exactly these ranks, the shortest decimal there is; None if none has."""
     width, ranks = partition.embedding_dim, list(partition.ranks[1:])
@@ -134,19 +139,21 @@ def resolve_div_value(partition: Partition, div_value: float | None) -> float:
     """
     if partition.num_clusters == 1:
         raise ValueError("nn.AdaptiveLogSoftmaxWithLoss needs at least one cutoff, the partition has one cluster")
-    ranks = list(partition.ranks[1:])
+    width, ranks = partition.embedding_dim, list(partition.ranks[1:])
     if div_value is None:
         found = div_value_of(partition)
         if found is None:
-            wide_enough = math.floor(100 * _largest_div_value(partition.embedding_dim, ranks)) / 100
+            hundredths = math.floor(100 * _largest_div_value(width, ranks))
+            while not _holds(hidden_sizes(width, len(ranks), hundredths / 100), ranks):
+                hundredths -= 1  # floats: 64 // 1.6 is 39
             raise ValueError(
                 f"no div_value gives nn.AdaptiveLogSoftmaxWithLoss the tail ranks {ranks} at width "
-                f"{partition.embedding_dim}; pass one whose sizes int(d // div_value**i) are at least as large, "
-                f"such as div_value={wide_enough}, and they are stored padded"
+                f"{width}; pass one whose sizes int(d // div_value**i) are at least as large, "
+                f"such as div_value={hundredths / 100}, and they are stored padded"
             )
         return found
-    sizes = hidden_sizes(partition.embedding_dim, len(ranks), div_value) if div_value > 0 else []
-    if not sizes or any(size < rank for size, rank in zip(sizes, ranks, strict=True)):
+    sizes = hidden_sizes(width, len(ranks), div_value) if div_value > 0 else []
+    if not sizes or not _holds(sizes, ranks):
         raise ValueError(f"div_value = {div_value} gives tails of {sizes} columns, the ranks are {ranks}")
     return float(div_value)
 

@@ -68,7 +68,8 @@ def plan(
     whole catalogue, by a model of work with measured rates. The blocks between the tables are not in them.
 
     A remark says where a plan is predicted to be worse or slower than the twin: a small, dense catalogue is better left
-    whole. docs/planning.md has the model.
+    whole, and where no plan of the default range is better by the objective, the last line says to train the twin.
+    docs/planning.md has the model.
 
     Examples: [bold]cprec plan data --plot plan.png[/], [bold]cprec plan data --dim 128 --compressions 4,8,16[/]. Then:
     [bold]cprec train data -o run --compression 6[/].
@@ -78,6 +79,8 @@ def plan(
     from cprec.planning import frontier_table, plan_frontier, plot_frontier
 
     check_json(json_file)
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise ValueError(f"{plot}: a plot is written as PNG, name a file that ends in .png")
     check_json(plot)
     wanted = None if compressions is None else [float(n) for n in numbers(compressions, "--compressions")]
     prepared = PreparedData.open(data)
@@ -95,9 +98,9 @@ def plan(
     if str(json_file) != "-":
         typer.echo(title)
         print_rich(frontier_table(plans))
-        apart = "" if tie_tails else " --no-tie-tails"
         best = min(plans, key=lambda found: found.tables.score)
-        typer.echo(
-            f"{best.tables.advice}\nnext: cprec train {shlex.quote(str(data))} --out RUN --compression {best.asked:g}{apart}"
-        )
+        tables = f"--compression {best.asked:g}" + ("" if tie_tails else " --no-tie-tails")
+        if wanted is None and not best.beats_twin:
+            tables = "--twin"
+        typer.echo(f"{best.tables.advice}\nnext: cprec train {shlex.quote(str(data))} --out RUN {tables}")
     write_json_file(json_file, {"data": prepared.name, "plans": [found.to_dict() for found in plans]})

@@ -132,12 +132,12 @@ class EvaluationReport:
             pad_edge=False,
             padding=(0, 1, 0, 0),
         )
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         columns = [("all", self.model), ("popul.", self.popularity)]
         for band in self.bands:
             columns += [(band.name, band.model), ("popul.", band.popularity)]
         for heading, _ in columns:
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         for title in ("hr", "ndcg", "mrr"):
             for n in self.topn:
                 means = [getattr(metrics, title)[n] if metrics.count else None for _, metrics in columns]
@@ -150,6 +150,8 @@ class EvaluationReport:
         }
         for title, (total, parts) in footers.items():
             table.add_row(title, total, "", *(cell for part in parts for cell in (part, "")))
+        for column in table.columns:  # digits are not cut where a terminal is too narrow for them
+            column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
         return table
 
 

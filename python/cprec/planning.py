@@ -26,16 +26,23 @@ class ModelPlan:
 
     Attributes:
         asked: the compression that was asked for. tables: what is predicted of the tables.
+        plain_score: the objective of a plain softmax, to compare with ``tables.score``.
     """
 
     config: NextItNetConfig
     asked: float
     tables: Plan
+    plain_score: float
 
     @property
     def compression(self) -> float:
         """Parameters of the twin over those of the model."""
         return self.config.twin().num_parameters / self.config.num_parameters
+
+    @property
+    def beats_twin(self) -> bool:
+        """Whether the objective prefers these tables to plain ones, by more than rounding."""
+        return self.tables.score < self.plain_score * (1 - 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -81,7 +88,7 @@ def plan_model(
             break
         planned = _with(model, found.partition)
         if planned.num_parameters <= limit:
-            return ModelPlan(planned, compression, found)
+            return ModelPlan(planned, compression, found, planner.plain.loss + sum(planner.objective))
         extra = planned.num_parameters - model.backbone_parameters - found.prediction.parameters
     least = _smallest(model, planner)
     raise ValueError(
@@ -172,7 +179,7 @@ def frontier_table(plans: Sequence[ModelPlan]) -> Table:
 def plot_frontier(plans: Sequence[ModelPlan], path: Path, title: str) -> None:
     """Predicted loss, step and search against compression, the twin at 1x; a PNG, written atomically."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     plain = plans[0].tables.plain
     figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -182,17 +189,19 @@ def plot_frontier(plans: Sequence[ModelPlan], path: Path, title: str) -> None:
         ("predicted top-N search, ms", "topk_ms", "tab:green"),
     )
     sizes = [plan.compression for plan in plans]
+    ticks: dict[str, float] = {f"{tick}x": tick for tick in (1, 2, 4, 8, 16, 32, 64) if tick <= 1.2 * max(sizes)}
+    if max(sizes) < 2:
+        ticks = {f"{tick:.4g}x": tick for tick in (max(sizes), 1)}
     for axis, (label, name, colour) in zip(figure.subplots(1, 3), panels, strict=True):
         axis.axhline(getattr(plain, name), color="tab:gray", linewidth=0.8, linestyle=":")
         axis.plot([1], [getattr(plain, name)], "s", color="tab:gray", label="uncompressed twin")
         axis.plot(sizes, [getattr(plan.tables.prediction, name) for plan in plans], "o-", color=colour, label="planned")
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticks([tick for tick in (1, 2, 4, 8, 16, 32, 64) if tick <= 1.2 * max(sizes)])
-        axis.set_ylim(bottom=0)
+        axis.set_xticks(list(ticks.values()), list(ticks))
         axis.margins(y=0.15)
+        axis.set_ylim(bottom=0)
         axis.set_xlabel("times fewer parameters")
         axis.set_title(label, fontsize=10)
         axis.legend(frameon=False, fontsize=8)

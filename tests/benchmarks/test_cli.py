@@ -14,9 +14,9 @@ import pytest
 from benchmarks.cli import main
 from benchmarks.errors import BenchmarkError
 from benchmarks.plots import plot
-from benchmarks.report import losses, merge, write_report
-from benchmarks.results import Row, Run, read_run, write_run
-from benchmarks.table import number
+from benchmarks.report import losses, merge, roofs_table, scaling, summary, write_report
+from benchmarks.results import Row, Run, fill_ratios, ratio_spread, read_run, write_run
+from benchmarks.table import cells, main_baseline, markdown_table, number, remarks
 from cprec_kernels import available_cpu_isas
 
 pytestmark = pytest.mark.skipif(not available_cpu_isas(), reason="this package was built without native kernels")
@@ -156,6 +156,78 @@ def test_the_page_says_which_machine_a_row_and_a_roof_are_of(tmp_path):
     assert "| A | avx2 | 1 | 11.0 |" in text
     assert "| B | avx2 | 1 | 22.0 |" in text
     assert all(roof["isa"] == "avx2" for roof in merge(list(map(read_run, sources))).roofs)
+
+
+def test_a_row_says_what_was_measured_in_the_order_of_its_columns():
+    one = row(
+        "cprec-avx2", 10.0, rounds=3, roofline_fraction=0.5, ratio_to_baseline=4.0, peak_mb=30.0, extra_mb=5.0,
+        correct=True, note="a note",
+    )  # fmt: skip
+    assert cells(one, "torch-adaptive") == (
+        "cprec-avx2", "10.0", "9.00 .. 12.0", "3", "4.00x", "50%", "30.0", "5.00", "a note"
+    )  # fmt: skip
+    assert cells(one, "torch-linear-ce")[-1] == "a note; against torch-adaptive"
+    assert [number(value) for value in (None, 0.1234, 1.0, 9.996, 10.0, 99.94, 100.0, 1234.5)] == [
+        "", "0.123", "1.00", "10.00", "10.0", "99.9", "100", "1,234"
+    ]  # fmt: skip
+
+
+def test_wrong_and_failed_rows_say_so_once():
+    assert remarks(row("a", None, correct=False, error="loss is not finite"), "b") == "WRONG: loss is not finite"
+    failed = "failed: RuntimeError: out of luck"
+    assert remarks(row("a", None, correct=False, error=failed), "b") == failed
+
+
+def test_the_title_names_the_baseline_of_most_rows():
+    rows = [row("a", 1.0, baseline="x-long-name"), row("b", 1.0, baseline="y"), row("c", 1.0, baseline="y")]
+    assert main_baseline(rows) == "y"
+
+
+def test_bars_in_cells_do_not_end_them():
+    assert markdown_table(["a", "b"], [["x|y", "2"]], [1]) == "| a | b |\n| --- | ---: |\n| x\\|y | 2 |"
+
+
+def test_the_summary_has_our_fastest_exact_row():
+    rows = [
+        row("cprec-avx2", 10.0, roofline_fraction=0.25), row("cprec-avx512", 5.0, roofline_fraction=0.5),
+        row("cprec-index-approx", 1.0), row("torch-adaptive", 40.0),
+    ]  # fmt: skip
+    fill_ratios(rows)
+    line = summary(rows).splitlines()[-1]
+    assert line.endswith("| A | cprec-avx512 | 5.00 | 8.00x | torch-adaptive | 50% |")
+    assert losses([*rows, row("torch-linear-ce", 3.0)]).endswith("torch-linear-ce takes 3.00 ms, cprec-avx512 5.00 ms")
+
+
+def test_threads_are_compared_on_one_machine():
+    rows = [row("cprec-avx2", 8.0, machine="slow"), row("cprec-avx2", 2.0, threads=2, machine="fast")]
+    assert scaling(rows) == ""
+    assert (
+        scaling([*rows, row("cprec-avx2", 3.0, machine="fast")]).splitlines()[-1].endswith("| cprec-avx2 | 2 | 1.50x |")
+    )
+
+
+def test_roofs_are_those_of_machines_with_rows_in_units_that_the_header_names():
+    roof = {"isa": "avx2", "threads": 1, "fma_gflops": 11.0, "bf16_gflops": 22.0, "exp_gexps": 3.0}
+    roof |= {"read_gbps": [[1 << 20, 44.0], [3 << 19, 5.0]]}
+    run = merge([Run([roof | {"machine": "a processor"}, roof | {"machine": "unused"}], [row("cprec-avx2", 1.0)])])
+    assert [found["machine"] for found in run.roofs] == ["a processor"]
+    head, _, body = roofs_table(run.roofs, {"a processor": "A"}).splitlines()
+    assert head.endswith("| FMA GFLOP/s | bf16 GFLOP/s | exp G/s | read 1 MiB, GB/s | read 1.5 MiB, GB/s |")
+    assert body == "| A | avx2 | 1 | 11.0 | 22.0 | 3.00 | 44.0 | 5.00 |"
+
+
+def test_plots_lie_beside_or_below_the_page(tmp_path):
+    source = tmp_path / "rows.json"
+    write_run(source, Run([], [row("cprec-avx2", 10.0)]))
+    with pytest.raises(BenchmarkError, match=r"the plots in images must lie beside or below the page p\.md"):
+        write_report([source], tmp_path / "docs" / "p.md", tmp_path / "images")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["rows.json"]
+
+
+def test_a_spread_of_ratios_holds_the_ratio():
+    ours, theirs = row("cprec-avx2", 10.0), row("torch-adaptive", 40.0)
+    assert ratio_spread(ours, [ours, theirs]) == (pytest.approx(36 / 12), pytest.approx(48 / 9))
+    assert ratio_spread(ours, [ours]) is None
 
 
 def test_a_plot_needs_a_timed_row(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from cprec_kernels import Partition
 from cprec_kernels.convert import from_adaptive_state_dict, to_adaptive_state_dict
 from cprec_kernels.nn import ClusteredSoftmaxWithLoss
+from cprec_kernels.nn.adaptive_layout import div_value_of, resolve_div_value
 
 
 class Model(nn.Module):
@@ -89,3 +92,25 @@ def test_a_state_dict_of_something_else_is_named():
     del ours["projections.1"]
     with pytest.raises(ValueError, match=r"lacks 'projections.1'"):
         to_adaptive_state_dict(ours, PARTITION)
+
+
+def test_the_div_value_is_the_shortest_there_is():
+    assert div_value_of(Partition(100, [10], [64, 21], 64)) == 3.0
+    assert div_value_of(Partition(100, [10, 30], [64, 16, 4], 64)) == 4.0
+
+
+@pytest.mark.parametrize("ranks", [[64, 10, 9], [64, 64, 1], [64, 7, 5, 2], [64, 40, 3]], ids=str)
+def test_the_div_value_that_is_suggested_is_not_refused(ranks):
+    partition = Partition(100, [10, 30, 50][: len(ranks) - 1], ranks, 64)
+    with pytest.raises(ValueError, match="such as div_value=") as caught:
+        resolve_div_value(partition, None)
+    suggested = float(re.search(r"such as div_value=([\d.]+)", str(caught.value))[1])
+    assert resolve_div_value(partition, suggested) == suggested
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_tail_without_a_column_starts_as_a_fresh_module_does():
+    theirs = nn.AdaptiveLogSoftmaxWithLoss(256, 300, [10, 30], div_value=20.0)
+    assert theirs.tail[1][0].weight.shape == (0, 256)
+    _, state = from_adaptive_state_dict(theirs.state_dict())
+    assert float(state["projections.1"].std()) == pytest.approx(256**-0.5, rel=0.2)

@@ -199,6 +199,12 @@ def test_a_step_of_a_loop_written_for_logits_still_trains(counts, ids):
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_what_takes_a_place_is_in_the_mode_of_what_was_there(counts):
+    model = GRULike().eval()
+    cprec_kernels.compress(model, counts, partition=PARTITION)
+    assert not any(module.training for module in model.modules())
+
+
 def test_only_a_table_and_sparse_gradients(counts):
     model = nn.ModuleDict({"table": nn.Embedding(ITEMS + 1, WIDTH, padding_idx=0, sparse=True)})
     model["alias"] = model["table"]

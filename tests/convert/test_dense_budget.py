@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import cprec_kernels
 from cprec_kernels import Partition, fitting
@@ -29,6 +30,18 @@ def test_a_compression_is_kept_and_used(counts):
             cprec_kernels.compress(GRULike(), counts, compression=wrong)
     with pytest.raises(ValueError, match="compression = 1000 is out of reach: rank 1 for all items gives"):
         cprec_kernels.compress(GRULike(), counts, compression=1000)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_parameter_counts_against_the_budget(counts, bias, tied):
+    """Parent labels, biases and the padding's row, at many budgets, some of which are met to the last number."""
+    for compression in torch.arange(1.5, 5.0, 0.1).tolist():
+        model = GRULike(bias=bias, tied=tied)
+        before = sum(parameter.numel() for parameter in nn.ModuleList([model.embed, model.out]).parameters())
+        cprec_kernels.compress(model, counts, compression=compression)
+        after = sum(parameter.numel() for parameter in nn.ModuleList([model.embed, model.out]).parameters())
+        assert before / after >= compression
 
 
 def test_no_clusters_within_the_budget_lose_less(monkeypatch):

@@ -113,6 +113,12 @@ def test_modules_that_do_more_than_their_class_are_refused(counts):
     handle = model.embed[0].register_forward_hook(lambda module, args, output: output * 4)
     refused(model, r"table 'embed\.0' has forward hooks")
     handle.remove()
+    handle = model.out.register_forward_pre_hook(lambda module, args: (args[0] * 4,))
+    refused(model, "classifier 'out' has forward hooks")
+    handle.remove()
+    model.out.forward = lambda x: nn.functional.linear(4 * x, model.out.weight)
+    refused(model, "classifier 'out' is a Linear with a forward of its own")
+    del model.out.forward
     cprec_kernels.compress(model, counts, partition=PARTITION)
 
 

@@ -113,6 +113,16 @@ def test_softmax_of_exact_vectors(partition, bias):
             torch.testing.assert_close(odds, parent - logits[:, 0], rtol=1e-4, atol=1e-4, msg=f"tail {tail}")
 
 
+def test_output_vectors_of_a_tail_stand_around_its_label():
+    head = ClusteredSoftmaxWithLoss(D, Partition(K, [10, 25], [D] * 3, D), head_bias=True)
+    outputs = vectors()
+    set_item_vectors(head, COUNTS, outputs=outputs)
+    for j, (lo, hi) in enumerate(((10, 25), (25, K)), start=1):
+        label = head.weights[0][9 + j]
+        torch.testing.assert_close(label, COUNTS[lo:hi] / COUNTS[lo:hi].sum() @ outputs[lo:hi])
+        torch.testing.assert_close(head.weights[j], outputs[lo:hi] - label)
+
+
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("partition", PARTITIONS[:3], ids=IDS[:3])
 def test_tied_tails_hold_both_kinds_of_vectors(partition, padding):

@@ -220,3 +220,22 @@ def test_known_datasets():
         assert dataset.md5 is None or re.fullmatch(r"[0-9a-f]{32}", dataset.md5)
         assert dataset.member is not None or dataset.filename.endswith(".csv")
     assert {"ml-100k", "ml-1m", "ml-20m", "amazon-beauty"} <= set(DATASETS)
+
+
+def test_a_weak_validator_does_not_vouch_for_a_part(server, tmp_path):
+    dataset = server.dataset(md5=None)
+    server.etag, server.cut = 'W/"one"', 100
+    with pytest.raises(DownloadError):
+        fetch(dataset, tmp_path, opener=OPENER, attempts=1)
+    server.cut = None
+    assert fetch(dataset, tmp_path, opener=OPENER).read_bytes() == server.body
+    assert server.log[-1] == (None, None)
+
+
+def test_an_unpacking_that_was_cut_short_is_done_again(server, tmp_path):
+    prepare_dataset("ml-9", tmp_path / "one", cache=tmp_path / "cache", dataset=server.dataset(), opener=OPENER)
+    (unpacked,) = (tmp_path / "cache").rglob("ratings.dat")
+    whole = unpacked.read_bytes()
+    unpacked.write_bytes(whole[:-20])
+    prepare_dataset("ml-9", tmp_path / "two", cache=tmp_path / "cache", dataset=server.dataset(), opener=OPENER)
+    assert unpacked.read_bytes() == whole

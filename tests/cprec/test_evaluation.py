@@ -7,7 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from cprec.cli_options import print_rich
 from cprec.data import prepare
 from cprec.evaluation import (
     EvaluationReport,
@@ -60,6 +62,10 @@ def test_bands_cut_at_shares_of_interactions():
     assert [share for *_, share in bands] == pytest.approx([0.6, 0.2, 0.2])
 
 
+def test_a_catalogue_without_interactions_has_no_shares():
+    assert [share for *_, share in popularity_bands([0, 0, 0])] == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("counts", [[1], [100, 1], [5, 5, 5, 5, 5, 5, 5, 5, 5, 5], [0, 0, 0]])
 def test_bands_cover_every_item_once(counts):
     bands = popularity_bands(counts)
@@ -108,28 +114,45 @@ def test_a_report_puts_popularity_beside_the_model_and_splits_by_band(data, mode
     assert head.popularity == metrics_of_ranks(targets[inside], (5, 10))
 
 
-def test_a_report_survives_json_and_prints_within_a_terminal(data, model):
-    from rich.console import Console
-
-    report = report_of_ranks(np.array([0, 3, 50]), np.array([0, 8, data.num_items - 1]), data.counts, "valid")
-    assert EvaluationReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+def printed(report):
     console = Console(file=io.StringIO(), width=80)
     console.print(report.table())
-    printed = console.file.getvalue()
-    row = next(line.split() for line in printed.splitlines() if "HR@5" in line)
+    return console.file.getvalue()
+
+
+def test_a_report_survives_json_and_prints_within_a_terminal(data, model):
+    report = report_of_ranks(np.array([0, 3, 50]), np.array([0, 8, data.num_items - 1]), data.counts, "valid")
+    assert EvaluationReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    text = printed(report)
+    row = next(line.split() for line in text.splitlines() if "HR@5" in line)
     assert row[:3] == ["HR@5", "0.6667", "0.3333"]
-    assert "…" not in printed
-    assert f"{data.num_items:,} items ranked" in printed
+    assert "…" not in text
+    assert f"{data.num_items:,} items ranked" in text
 
 
 def test_a_band_without_examples_shows_no_figure(data):
-    from rich.console import Console
-
     report = report_of_ranks(np.array([0]), np.array([0]), data.counts, "valid", (5,))
-    console = Console(file=io.StringIO(), width=80)
-    console.print(report.table())
-    row = next(line.split() for line in console.file.getvalue().splitlines() if "HR@5" in line)
+    row = next(line.split() for line in printed(report).splitlines() if "HR@5" in line)
     assert row == ["HR@5", "1.0000", "1.0000", "1.0000", "1.0000", "-", "-", "-", "-"]
+
+
+def test_the_footer_says_items_interactions_and_examples_of_every_band():
+    targets = np.array([0, 0, 1, 2, 7])
+    report = report_of_ranks(targets, targets, [40, 20, 20, 10, 5, 5, 0, 0], "valid", (5,))
+    rows = [line.split() for line in printed(report).splitlines()]
+    assert ["items", "8", "2", "1", "5"] in rows
+    assert ["interactions", "100%", "60%", "20%", "20%"] in rows
+    assert ["examples", "5", "3", "1", "1"] in rows
+
+
+def test_no_digit_is_lost_on_a_narrow_terminal(data, monkeypatch, capsys):
+    targets = np.arange(data.num_items)
+    report = report_of_ranks(targets[::-1], targets, data.counts, "valid")
+    monkeypatch.setenv("COLUMNS", "40")
+    print_rich(report.table())
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        line.split() for line in printed(report).splitlines()
+    ]
 
 
 def test_another_catalogue_and_impossible_cut_offs_are_refused(data, model):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from cprec import checkpoint
 from cprec.cli_options import make_model_config
@@ -87,6 +89,36 @@ def test_the_frontier_has_every_model_once(tmp_path):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plan_that_is_asked_for_twice_is_there_once_as_the_larger_compression():
+    (found,) = plan_frontier(model(), COUNTS, [2.0, 2.0000001])
+    assert found.asked == 2.0000001
+    assert found.config == plan_model(model(), COUNTS, 2.0).config
+
+
+def test_faster_is_the_twins_time_over_that_of_the_plan():
+    (found,) = plan_frontier(model(), COUNTS, [2.0])
+    ours = dataclasses.replace(found.tables.prediction, train_ms=2.0, topk_ms=4.0)
+    plain = dataclasses.replace(found.tables.plain, train_ms=8.0, topk_ms=6.0)
+    found = dataclasses.replace(found, tables=dataclasses.replace(found.tables, prediction=ours, plain=plain))
+    columns = [column for column in frontier_table([found]).columns if column.header == "faster"]
+    assert [list(column.cells) for column in columns] == [["", "4.0x"], ["", "1.5x"]]
+
+
+def test_a_plot_has_a_tick_beside_that_of_the_twin(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: drawn.append(figure))
+    small = NextItNetConfig.from_plan(60, 32, dilations=(1, 4), repeats=40)
+    close = plan_frontier(small, range(200, 140, -1))
+    assert 1 < close[-1].compression < 1.01
+    for plans, ticks in (
+        (plan_frontier(model(), COUNTS, [2, 4.1]), ["1x", "2x", "4x"]),
+        (close, ["1x", f"{close[-1].compression:.3f}x"]),
+    ):
+        plot_frontier(plans, tmp_path / "plan.png", "title")
+        for axis in drawn.pop().axes:
+            assert sorted(label.get_text() for label in axis.get_xticklabels()) == sorted(ticks)
+
+
 # The command line; ``run`` is the fixture in conftest.py
 
 
@@ -115,6 +147,16 @@ def test_plan_prints_a_table_and_leaves_figures_and_a_plot(run, data, tmp_path):
     assert printed == figures
     one = json.loads(run("plan", data, *SMALL, "--compressions", "2", "--objective", "quality", "--json", "-")[0])
     assert [found["asked"] for found in one["plans"]] == [2.0]
+
+
+def test_the_next_command_is_the_better_one_by_the_objective(run, data):
+    fast = ("--dim", 64, "--dilations", "1", "--repeats", 1, "--objective", "speed", "--rows", 1000)
+    train = f"next: cprec train {data} --out RUN"
+    assert run("plan", data, *SMALL)[0].endswith(f"{train} --twin\n")
+    assert run("plan", data, *SMALL, "--no-tie-tails")[0].endswith(f"{train} --twin\n")
+    assert run("plan", data, *SMALL, "--compressions", 2)[0].endswith(f"{train} --compression 2\n")  # wanted all the same
+    assert run("plan", data, *fast)[0].endswith(f"{train} --compression 2\n")
+    assert run("plan", data, *fast, "--no-tie-tails")[0].endswith(f"{train} --compression 2 --no-tie-tails\n")
 
 
 def test_plan_help_teaches(run):
@@ -188,6 +230,11 @@ def test_conflicts_and_impossible_compressions_are_refused(run, data, tmp_path, 
         (["--tokens", "0"], 1, "tokens must be at least 1, got 0"),
         (["--objective", "best"], 2, "best"),
         (["--plot", "nowhere/plan.png"], 1, "no such directory to write plan.png in"),
+        (
+            ["--plot", "plan.jpg", "--compressions", "900"],
+            1,
+            "plan.jpg: a plot is written as PNG, name a file that ends in .png",
+        ),
     ],
 )
 def test_wrong_input_to_plan_is_one_sentence(run, data, arguments, code, message):

@@ -85,6 +85,16 @@ def test_rendering_shows_every_row_and_the_ratio():
     assert f"compression {table.unshared_compression:.2f}x" in text
 
 
+def test_the_printed_shares_are_those_of_this_model():
+    table = parameter_table(NextItNetConfig.from_plan(100, 16, [10], [16, 4]))
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table.render())
+    printed = {line.split()[0]: line.split()[-1] for line in console.file.getvalue().splitlines() if line.strip()}
+    for group, parameters in table.subtotals().items():
+        assert printed[group] == f"{parameters / table.parameters:.1%}"
+    assert printed["total"] == "100.0%"
+
+
 def test_format_bytes():
     assert [format_bytes(n) for n in (0, 999, 1000, 999_400, 999_600, 2_560_000_000)] == [
         "0 B", "999 B", "1 kB", "999 kB", "1 MB", "2.56 GB",

@@ -407,3 +407,18 @@ def test_users_of_other_data_are_served_by_what_the_model_knows(catalogue, model
     assert (found.users, found.fallbacks, found.unknown.count) == (3, 1, 3)
     told = recommend(model, catalogue, [["i3", "i5"], [], ["i7"]], 3, length=LENGTH)
     assert list(rows_by_user(told).values()) == list(rows.values())
+
+
+def test_a_model_in_training_is_served_without_dropout(catalogue):
+    torch.manual_seed(0)
+    config = NextItNetConfig.from_plan(catalogue.num_items, 8, dilations=(1,), dropout=0.9)
+    model = NextItNet(config).train()
+    history = catalogue.decode([0, 1, 2])
+    first, again = (list(recommend(model, catalogue, [history], k=5, length=LENGTH)) for _ in range(2))
+    assert first == again
+    assert_same([(row.item, row.score) for row in first], best(model.eval(), catalogue, history, 5, exclude=history))
+
+
+def test_json_lines_may_begin_with_a_byte_order_mark():
+    lines = b'\xef\xbb\xbf{"user": "a", "items": ["i1", "i2"]}\n'
+    assert list(read_histories(io.BytesIO(lines))) == [History("a", ["i1", "i2"])]

@@ -47,6 +47,18 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(sharing):
     assert any("norm" in names[id(parameter)] for parameter in plain)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_what_is_frozen_or_normalises_is_not_decayed(sparse):
+    model = tiny_model(sparse=sparse)
+    model.extra = torch.nn.LayerNorm((3, 4))  # its weights have two dimensions
+    frozen = [model.softmax.weights[1], model.embedding.embeddings[0]]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    decayed, plain, tables = ({id(parameter) for parameter in group} for group in parameter_groups(model))
+    assert {id(model.extra.weight), id(model.extra.bias)} <= plain
+    assert not (decayed | plain | tables) & set(map(id, frozen))
+
+
 def test_decay_moves_matrices_alone():
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())

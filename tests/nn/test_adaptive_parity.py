@@ -157,6 +157,13 @@ def test_what_is_frozen_stays_frozen_both_ways():
         assert now.requires_grad == was.requires_grad, name
 
 
+def test_a_product_learns_while_one_of_its_factors_does():
+    module = make_torchs(TORCHS[3])
+    for factor, learns in zip(module.tail[0], (True, False), strict=True):
+        factor.weight.requires_grad_(False)
+        assert ClusteredSoftmaxWithLoss.from_adaptive(module).weights[1].requires_grad == learns
+
+
 def test_kind_of_the_copy_is_that_of_the_original():
     module = make_torchs(TORCHS[1], torch.bfloat16).eval().requires_grad_(False)
     ours = ClusteredSoftmaxWithLoss.from_adaptive(module, reduction="sum", tail_bias=True)
@@ -165,6 +172,7 @@ def test_kind_of_the_copy_is_that_of_the_original():
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     assert ours.reduction == "sum"
     assert torch.count_nonzero(ours.tail_biases[0]) == 0
+    assert not ClusteredSoftmaxWithLoss.from_adaptive(module).to_adaptive(2.0).training
     ours.weights[0].zero_()
     assert module.head.weight.abs().max() > 0  # a copy, not a view
 

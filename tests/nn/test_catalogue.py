@@ -176,6 +176,7 @@ def test_what_cannot_be_done_is_named_and_changes_nothing():
             (lambda m=module: m.remove([0.5]), TypeError, "items must be integers"),
             (lambda m=module: m.extend(-1), ValueError, "at least 0, got -1"),
             (lambda m=module: m.extend(1.5), TypeError, "must be an int, got 1.5"),
+            (lambda m=module: m.extend(True), TypeError, "must be an int, got True"),
             (lambda m=module: m.repartition(), ValueError, "give new counts, a new partition, or both"),
             (lambda m=module: m.repartition(torch.ones(59)), ValueError, r"counts must be \(60,\), one per item, got shape \(59,\)"),
             (lambda m=module: m.repartition(-torch.ones(60)), ValueError, "finite and not negative"),

@@ -122,6 +122,19 @@ def test_clusters_that_come_and_go_take_their_parameters_along():
         step((embedding, head), [optimizer], IDS)
 
 
+def test_clusters_that_come_of_one_count_their_steps_each():
+    head = make_head()
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+    hidden, target = torch.randn(8, 16, dtype=torch.float64), torch.arange(8) + 30
+    head(hidden, target).loss.backward()
+    optimizer.step()
+    head.repartition(partition=Partition(60, [10, 30, 45], [16, 6, 3, 3], 16), optimizer=optimizer)
+    optimizer.zero_grad()
+    head(hidden, target).loss.backward()
+    optimizer.step()
+    assert [float(optimizer.state[parameter]["step"]) for parameter in head.parameters()] == [2.0] * 11
+
+
 def test_names_of_parameters_that_an_optimizer_was_given_go_along():
     embedding = make_embedding()
     optimizer = torch.optim.Adam(embedding.named_parameters(), lr=0.01)

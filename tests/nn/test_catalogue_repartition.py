@@ -59,6 +59,26 @@ def test_embeddings_are_the_best_there_are_otherwise_and_the_error_says_so():
         assert math.isclose(error, values[rank:].norm() / values.norm(), rel_tol=1e-9)
 
 
+def test_items_that_nobody_has_seen_are_fitted_among_themselves():
+    embedding = make_embedding()
+    before = embedding(IDS).detach()
+    counts = torch.cat([torch.arange(60.0, 30.0, -1.0), torch.zeros(30)])
+    change = embedding.repartition(counts, Partition(60, [10, 30], [16, 6, 1], 16))
+    values = torch.linalg.svdvals(before[30:])
+    left = (embedding(IDS).detach() - before)[30:].norm()
+    torch.testing.assert_close(left, values[1:].norm())
+    assert math.isclose(change.errors[2], values[1:].norm() / values.norm(), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan, -1.0])
+def test_one_count_that_is_none_is_refused(bad):
+    counts = torch.ones(60, dtype=torch.float64)
+    counts[7] = bad
+    for module in (make_embedding(), make_head()):
+        with pytest.raises(ValueError, match="counts must be finite and not negative"):
+            module.repartition(counts)
+
+
 def test_a_softmax_moves_items_between_levels_as_well_as_a_linear_function_can():
     torch.manual_seed(2)
     hidden = torch.randn(4000, 16, dtype=torch.float64)
@@ -93,6 +113,16 @@ def test_splitting_and_merging_tails():
     merged = head.repartition(partition=Partition(60, [10, 30], [16, 6, 3], 16), inputs=hidden)
     assert merged.errors[2] < 1.0
     assert (head.log_prob(hidden) - expected).square().mean().sqrt() < 0.5
+
+
+def test_without_biases_a_parent_label_is_fitted_without_a_constant():
+    hidden = torch.randn(3000, 16, dtype=torch.float64) + 0.5
+    head = make_head(bias=False)
+    expected = head.log_prob(hidden).detach()
+    change = head.repartition(partition=Partition(60, [10, 30, 45], [16, 6, 3, 3], 16), inputs=hidden)
+    assert change.parent_errors[0] == 0.0
+    assert all(0.3 < error < 0.4 for error in change.parent_errors[1:])  # not what a constant would have left
+    assert (head.log_prob(hidden) - expected).square().mean().sqrt() < 0.25
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -313,3 +313,16 @@ def test_an_index_does_not_share_its_projections_with_the_module():
     with torch.no_grad():
         head.projections[0].zero_()
     assert torch.equal(arrays.projections[1], before)
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+def test_a_stale_index_is_saved_as_what_it_was_built_from(storage, tmp_path):
+    head = ClusteredSoftmaxWithLoss(24, PARTITION, head_bias=True, tail_bias=True)
+    index = head.build_index(storage)
+    index.save(tmp_path / "before")
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(1.0)
+    assert index.is_stale
+    index.save(tmp_path / "after")
+    assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()

@@ -37,6 +37,14 @@ def test_initial_logits_are_small_and_alike():
     assert abs(loss - expected) < 0.1
 
 
+def test_initial_weights_have_the_size_that_the_docs_say():
+    head = ClusteredSoftmaxWithLoss(64, Partition(6000, [500, 2000], [64, 16, 4], 64))
+    for weight in head.weights:
+        assert float(weight.detach().std()) == pytest.approx(0.1 * weight.shape[1] ** -0.5, rel=0.1)
+    for projection in head.projections:
+        assert float(projection.detach().std()) == pytest.approx(64**-0.5, rel=0.15)
+
+
 def test_padding_embeds_to_zero_and_stays_there():
     embedding = BlockEmbedding(PARTITION.with_padding(), padding_idx=-1)
     assert embedding.padding_idx == 5000
@@ -46,6 +54,12 @@ def test_padding_embeds_to_zero_and_stays_there():
     out.sum().backward()
     assert torch.count_nonzero(embedding.embeddings[2].grad[-1]) == 0
     assert torch.count_nonzero(embedding.embeddings[2].grad[-2]) > 0
+
+
+def test_padding_may_be_the_first_id_counted_from_the_end():
+    embedding = BlockEmbedding(PARTITION, padding_idx=-5000)
+    assert embedding.padding_idx == 0
+    assert torch.count_nonzero(embedding(torch.tensor([0]))) == 0
 
 
 def test_sparse_gradients_feed_sparse_adam():
@@ -137,6 +151,9 @@ def test_bad_arguments_are_named():
         ClusteredSoftmaxWithLoss(32, PARTITION)
     with pytest.raises(ValueError, match="reduction must be"):
         ClusteredSoftmaxWithLoss(64, PARTITION, reduction="median")
+    for smoothing in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\]"):
+            ClusteredSoftmaxWithLoss(64, PARTITION, label_smoothing=smoothing)
     with pytest.raises(ValueError, match="ignore_index = 0 is an item"):
         ClusteredSoftmaxWithLoss(64, PARTITION, ignore_index=0)
     with pytest.raises(ValueError, match=r"storage must be one of 'float32', .* got 'int4'"):

@@ -127,6 +127,11 @@ def test_without_a_tied_head_the_tails_alone_are_shared():
     assert alone.head.shape == (50, 8)
 
 
+def test_parent_labels_start_small():
+    blocks = TiedBlocks(Partition(600, [10, 30, 100, 200, 300, 400, 500], [256] + [4] * 7, 256))
+    assert float(blocks.parents.detach().std()) == pytest.approx(0.1 * 256**-0.5, rel=0.15)
+
+
 @pytest.mark.parametrize("tie_head", [True, False])
 def test_everything_a_softmax_does_is_there(tie_head):
     blocks = TiedBlocks(PARTITION, padding=True, tie_head=tie_head, head_bias=True)
