@@ -398,3 +398,21 @@ def test_amazon_ratings_of_other_ids_keep_their_order(tmp_path):
     for users in (PRODUCTS, REVIEWERS, ["u1", "u2", "u3", "u4", "u5", "u6"]):
         made = [(user, user, 5.0, 1_369_699_200) for user in users]
         assert read(write(tmp_path, table(made)))["user"] == "field 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<html>\n<body>1 2 3</body>\n", r"log:1: is HTML or XML, which is not read: save it as CSV"),
+        ("sep=;\nuser;item\na;b\n", r"log:1: begins with 'sep=;', which is for spreadsheets: delete that line"),
+        ('u1,"a,b,c"\nu2,"b"\nu3,"c,a"\n', r"log: has quoted fields, .* pass --format sequences"),
+    ],
+)
+def test_what_is_no_sequence_is_said_to_be_none(tmp_path, text, message):
+    path = tmp_path / "log"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        detect_format(path)
+    with pytest.raises(DataError, match=message):
+        scan_interactions(path)
+    assert scan_interactions(path, format="sequences").check() > 0

@@ -154,7 +154,9 @@ def test_the_next_command_is_the_better_one_by_the_objective(run, data):
     train = f"next: cprec train {data} --out RUN"
     assert run("plan", data, *SMALL)[0].endswith(f"{train} --twin\n")
     assert run("plan", data, *SMALL, "--no-tie-tails")[0].endswith(f"{train} --twin\n")
-    assert run("plan", data, *SMALL, "--compressions", 2)[0].endswith(f"{train} --compression 2\n")  # wanted all the same
+    assert run("plan", data, *SMALL, "--compressions", 2)[0].endswith(
+        f"{train} --compression 2\n"
+    )  # wanted all the same
     assert run("plan", data, *fast)[0].endswith(f"{train} --compression 2\n")
     assert run("plan", data, *fast, "--no-tie-tails")[0].endswith(f"{train} --compression 2 --no-tie-tails\n")
 

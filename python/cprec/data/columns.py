@@ -129,6 +129,15 @@ def json_advice(path: Path, lines: list[str]) -> str:
     return f"is JSON, which is not read; make it {how}"
 
 
+def no_log(first: str) -> str:
+    """Why a file with this first line is no log, "" if it may be one."""
+    if first[0] == "<":
+        return "is HTML or XML, which is not read: save it as CSV"
+    if re.fullmatch("sep=.", first, re.IGNORECASE):
+        return f"begins with {first!r}, which is for spreadsheets: delete that line"
+    return ""
+
+
 def most(matches: list[bool]) -> bool:
     """More than half: what a damaged line looks like must not decide on the format of the others."""
     return sum(matches) * 2 > len(matches)

@@ -29,6 +29,7 @@ from .columns import (
     kind_of,
     looks_like_time,
     most,
+    no_log,
     only_named_as_time,
     resolve_columns,
 )
@@ -95,8 +96,8 @@ def detect_format(path: str | Path) -> str:
     as those of a table are, or a user, a tab and that user's items. Where that guesses wrong, pass ``format=``.
 
     Raises:
-        DataError: no such file, an empty one, one that is compressed, binary or not UTF-8, JSON, a table whose columns
-            are not known, or histories of users.
+        DataError: no such file, an empty one, one that is compressed, binary or not UTF-8, JSON, HTML, a table whose columns
+            are not known, histories of users, or quoted fields without a header.
     """
     path = check_file(path)
     if is_parquet(path):
@@ -191,8 +192,8 @@ def _is_inter(first: str) -> bool:
 def _detect(path: Path, sample: Sample, user_column: str | None, item_column: str | None, placed: bool = False) -> str:
     """The format; ``"table"`` for what is none of them, but whose fields were chosen by number (``placed``)."""
     lines = sample.lines
-    if lines[0][0] in "{[":
-        raise DataError(json_advice(path, lines), path, sample.head[0][0])
+    if reason := json_advice(path, lines) if lines[0][0] in "{[" else no_log(lines[0]):
+        raise DataError(reason, path, sample.head[0][0])
     if _is_inter(lines[0]):
         return "inter"
     separator = _header_separator(lines, user_column, item_column)
@@ -227,6 +228,9 @@ def _detect(path: Path, sample: Sample, user_column: str | None, item_column: st
             "is one sequence",
             path,
         )
+    if most([re.search('(^|,)"', line) is not None for line in lines]):
+        quotes = "has quoted fields, and sequences would keep the quotes: take them off, or pass --format sequences "
+        raise DataError(quotes + "(format='sequences') if they belong to the ids", path)
     return "sequences"
 
 
