@@ -132,12 +132,12 @@ class BlockEmbedding(ChangingCatalogue, Pretrained, nn.Module):
             optimizer: one or several, whose state goes along with rows that are kept.
 
         Raises:
-            RuntimeError: the module is a part of one that has the items too.
+            RuntimeError: the module is a part of one that has the items too, or a parameter is parametrized.
             TypeError: something that is no optimizer.
             ValueError: neither counts nor partition, or one that does not fit; a padding id that is not the last; an
                 optimizer whose state is not known.
         """
-        self._check_owner()
+        self._check_changeable()
         items = self._items()
         order = reordered(items, counts, partition, self._device())
         given = None if counts is None else checked_counts(counts, items, self._device())[order.old_ids]

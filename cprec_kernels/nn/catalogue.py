@@ -246,7 +246,7 @@ class ChangingCatalogue:
     def _change(self, order: Reordering, optimizers: list[Optimizer]) -> CatalogueChange:
         raise NotImplementedError
 
-    def _check_owner(self) -> None:
+    def _check_changeable(self) -> None:
         if self.owner is not None:
             raise RuntimeError(f"this module is part of {self.owner}, whose items would no longer fit")
         refuse_parametrized(self, "its items cannot be changed")
@@ -263,12 +263,12 @@ class ChangingCatalogue:
             optimizer: one or several, whose state goes along.
 
         Raises:
-            RuntimeError: the module is a part of one that has the items too.
+            RuntimeError: the module is a part of one that has the items too, or a parameter is parametrized.
             TypeError: new_items not an int, something that is no optimizer.
             ValueError: new_items negative, a padding id that is not the last, an optimizer whose state is not known,
                 a parameter that learns in none of the optimizers.
         """
-        self._check_owner()
+        self._check_changeable()
         partition = self._items()
         return self._change(extended(partition, new_items, self._device()), optimizers_of(optimizer))
 
@@ -285,12 +285,12 @@ class ChangingCatalogue:
 
         Raises:
             IndexError: an item out of range.
-            RuntimeError: the module is a part of one that has the items too.
+            RuntimeError: the module is a part of one that has the items too, or a parameter is parametrized.
             TypeError: items not integers, something that is no optimizer.
             ValueError: cluster 0 would be empty, a padding id that is not the last, an optimizer whose state is not known,
                 a parameter that learns in none of the optimizers.
         """
-        self._check_owner()
+        self._check_changeable()
         partition = self._items()
         return self._change(removed(partition, items, self._device()), optimizers_of(optimizer))
 

@@ -231,12 +231,12 @@ class ClusteredSoftmaxWithLoss(ChangingCatalogue, ClusteredSoftmaxBase):
             optimizer: one or several, whose state goes along with rows that are kept.
 
         Raises:
-            RuntimeError: the module is a part of one that has the items too.
+            RuntimeError: the module is a part of one that has the items too, or a parameter is parametrized.
             TypeError: something that is no optimizer.
             ValueError: neither counts nor partition, or one that does not fit; inputs of another width; an optimizer whose
                 state is not known.
         """
-        self._check_owner()
+        self._check_changeable()
         if inputs is not None and (inputs.dim() != 2 or inputs.shape[1] != self.in_features or not len(inputs)):
             raise ValueError(f"inputs must be (N, {self.in_features}) with N > 0, got shape {tuple(inputs.shape)}")
         order = reordered(self.partition, counts, partition, self._device())

@@ -54,9 +54,10 @@ def bytes_of(array: Tensor) -> memoryview:
     Not by ``Tensor.numpy``, after which a storage cannot be resized any more: FSDP resizes those of parameters.
     """
     flat = array.reshape(-1).view(torch.uint8)
-    buffer: Any = (ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr()) if flat.numel() else bytearray()
-    if flat.numel():
-        buffer.keeps = flat
+    if not flat.numel():
+        return memoryview(b"")
+    buffer: Any = (ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr())
+    buffer.keeps = flat  # or the storage may be gone before the bytes are read
     return memoryview(buffer).cast("B")
 
 

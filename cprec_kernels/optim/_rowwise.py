@@ -80,7 +80,7 @@ class RowwiseOptimizer(torch.optim.Optimizer):
         """As in torch.
 
         Raises:
-            TypeError: a parameter that is not a dense tensor of a floating dtype.
+            TypeError: a parameter that is not a dense tensor of a floating dtype, or is sharded (a DTensor).
             ValueError: a hyperparameter out of range. The optimizer is unchanged then.
         """
         super().add_param_group(param_group)

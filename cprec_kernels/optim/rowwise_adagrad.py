@@ -38,7 +38,7 @@ class RowwiseAdagrad(RowwiseOptimizer):
     ``row_log_decay`` as in :class:`RowwiseAdamW`.
 
     Raises:
-        TypeError: a parameter that is not dense and floating point.
+        TypeError: a parameter that is not dense and floating point, or is sharded (a DTensor).
         ValueError: a hyperparameter out of range.
     """
 

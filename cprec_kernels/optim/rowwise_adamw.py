@@ -45,12 +45,12 @@ class RowwiseAdamW(RowwiseOptimizer):
         weight_decay: decoupled; lr * weight_decay must stay below 1.
         maximize: ascend instead.
 
-    State of a parameter: ``step`` () fp32, ``exp_avg`` and ``exp_avg_sq`` of its shape; with a
-    weight decay also ``log_decay`` () and ``row_log_decay`` (rows,), both fp64, which say what is pending.
-    ``state_dict`` holds all of it: with the model's, saved at the same time, training goes on bit for bit.
+    State of a parameter: ``step`` () fp32, ``exp_avg`` and ``exp_avg_sq`` of its shape; with a weight decay also
+    ``log_decay`` () and ``row_log_decay`` (rows,), both fp64, which say what is pending. ``state_dict`` holds all of it:
+    with the model's, saved at the same time, training goes on bit for bit.
 
     Raises:
-        TypeError: a parameter that is not dense and floating point.
+        TypeError: a parameter that is not dense and floating point, or is sharded (a DTensor).
         ValueError: a hyperparameter out of range.
 
     Example:

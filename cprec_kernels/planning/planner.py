@@ -102,7 +102,7 @@ class Plan:
 
     Attributes:
         budget: what was asked, e.g. {"compression": 6.0}.
-        score: the minimised objective.
+        score: the minimised objective. plain_score: that of a plain softmax.
     """
 
     partition: Partition
@@ -110,6 +110,7 @@ class Plan:
     plain: Prediction
     budget: dict[str, float]
     score: float
+    plain_score: float
 
     @property
     def compression(self) -> float:
@@ -128,6 +129,11 @@ class Plan:
     def is_worse(self) -> bool:
         """Whether a plain softmax is predicted to lose less."""
         return self.prediction.loss > self.plain.loss
+
+    @property
+    def is_outscored(self) -> bool:
+        """Whether the objective is no better, rounding aside, than that of a plain softmax."""
+        return self.score >= self.plain_score * (1 - 1e-9)
 
     @property
     def advice(self) -> str:
@@ -294,7 +300,8 @@ class Planner:
             raise BudgetError(self._too_small(name, amount, smallest), smallest)
         cutoffs = [int(self._places[end]) for end in path.ends[:-1]]
         partition = Partition(self.num_items, cutoffs, [self.ranks[i] for i in path.ranks], self.width)
-        return Plan(partition, self.predict(partition), self.plain, budget, path.value)
+        plain_score = self.plain.loss + sum(self.objective)  # whose times are those that the weights are shares of
+        return Plan(partition, self.predict(partition), self.plain, budget, path.value, plain_score)
 
     def smallest(self, quantity: str) -> float:
         """The least "parameters", "train_ms" or "topk_ms" of any partition."""

@@ -100,7 +100,7 @@ def plan(
         print_rich(frontier_table(plans))
         best = min(plans, key=lambda found: found.tables.score)
         tables = f"--compression {best.asked:g}" + ("" if tie_tails else " --no-tie-tails")
-        if wanted is None and not best.beats_twin:
+        if wanted is None and best.tables.is_outscored:
             tables = "--twin"
         typer.echo(f"{best.tables.advice}\nnext: cprec train {shlex.quote(str(data))} --out RUN {tables}")
     write_json_file(json_file, {"data": prepared.name, "plans": [found.to_dict() for found in plans]})

@@ -26,23 +26,16 @@ class ModelPlan:
 
     Attributes:
         asked: the compression that was asked for. tables: what is predicted of the tables.
-        plain_score: the objective of a plain softmax, to compare with ``tables.score``.
     """
 
     config: NextItNetConfig
     asked: float
     tables: Plan
-    plain_score: float
 
     @property
     def compression(self) -> float:
         """Parameters of the twin over those of the model."""
         return self.config.twin().num_parameters / self.config.num_parameters
-
-    @property
-    def beats_twin(self) -> bool:
-        """Whether the objective prefers these tables to plain ones, by more than rounding."""
-        return self.tables.score < self.plain_score * (1 - 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -88,7 +81,7 @@ def plan_model(
             break
         planned = _with(model, found.partition)
         if planned.num_parameters <= limit:
-            return ModelPlan(planned, compression, found, planner.plain.loss + sum(planner.objective))
+            return ModelPlan(planned, compression, found)
         extra = planned.num_parameters - model.backbone_parameters - found.prediction.parameters
     least = _smallest(model, planner)
     raise ValueError(
