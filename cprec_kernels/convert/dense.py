@@ -79,7 +79,7 @@ def compress(
     """Replace the item table and the classifier of a dense model by low-rank frequency clusters, in place.
 
     The model goes on taking the ids it took. Its items need not be sorted: the permutation by frequency is kept beside
-    the new modules, as a buffer of their ``state_dict``. The table becomes a :class:`ReindexedEmbedding`, the classifier
+    the new modules and travels with their ``state_dict``. The table becomes a :class:`ReindexedEmbedding`, the classifier
     a :class:`ReindexedSoftmax`; make the optimizer afterwards, and train for an epoch or two to win back what was lost.
 
     * An ``nn.Linear`` classifier that shares the table's weight stays tied (:class:`TiedBlocks`).
@@ -174,8 +174,13 @@ def compress(
     table_errors, softmax_errors, parent_errors = _fill(made, plan, dense, padding_row, linear, classes, inputs)
     removed = _parameters(nn.ModuleList([old, *([] if linear is None else [linear])]))
     made.requires_grad_(old.weight.requires_grad)
-    if linear is not None and made.softmax is not None and not tied:
-        made.softmax.requires_grad_(linear.weight.requires_grad)
+    if linear is not None and made.softmax is not None:
+        if not tied:
+            made.softmax.requires_grad_(linear.weight.requires_grad)
+        if linear.bias is not None:
+            for key, parameter in made.softmax.named_parameters():
+                if "bias" in key:
+                    parameter.requires_grad_(linear.bias.requires_grad)
     plan.install(model, made)
     return CompressionReport(
         plan=plan,

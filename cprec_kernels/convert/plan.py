@@ -63,13 +63,19 @@ class CompressionPlan:
             >>> CompressionPlan.from_dict(json.load(file)).apply(model)
             >>> model.load_state_dict(state)  # of the compressed model: ids and all
 
+        The state is to be loaded in every process of a distributed run: ids are not among what DDP and FSDP send round.
+        Until then the modules refuse to compute.
+
         Raises:
             AttributeError: the model has no modules of these names.
         """
         weight = model.get_submodule(self.table).weight
         assert isinstance(weight, Tensor)
-        identity = torch.arange(self.partition.num_items, device=weight.device)
+        identity = torch.arange(self.partition.num_items, device="cpu" if weight.is_meta else weight.device)
         made = self.build(identity, weight)
+        for module in (made.embedding, made.softmax):
+            if module is not None:
+                module.await_state()
         self.install(model, made)
         return made
 
@@ -96,7 +102,7 @@ class CompressionPlan:
                 softmax = ClusteredSoftmaxWithLoss(
                     self.output_partition.embedding_dim, self.output_partition, head_bias, self.bias, **kind
                 )
-        classes = place if self.num_classes == num_items else self._with_padding(place, -1)
+        classes = place.clone() if self.num_classes == num_items else self._with_padding(place, -1)
         wrapped = None if softmax is None else ReindexedSoftmax(softmax, classes)
         embedding = ReindexedEmbedding(table, padded)
         if self.tied and self.classifier is None:

@@ -121,8 +121,8 @@ class _Parameters:
     def bias(self, value: Tensor, like: nn.Parameter, index: Tensor | None) -> nn.Parameter:
         if index is None:
             return self.add(value, like)
-        same = index.numel() == like.numel() and torch.equal(value, like)
-        return self.add(like if same and bool((index >= 0).all()) else value, like, (like, index))
+        everything = torch.arange(like.numel(), device=index.device)
+        return self.add(like if torch.equal(index, everything) else value, like, (like, index))
 
     def projection(self, rebuilt: Rebuilt, blocks: Sequence[Block]) -> nn.Parameter | None:
         if rebuilt.projection is None:

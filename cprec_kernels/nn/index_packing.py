@@ -7,6 +7,7 @@ away from zero: a search that trusts them must never lose an item.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ PROBES, MAX_LEFT = 16, 0.2
 ROUND_UP = 1 + 1e-6
 # Of the largest one: shorter axes of what is known of hidden states are not believed, and a basis stays well-conditioned.
 MIN_EIGENVALUE = 1e-4
+# Powers of two by which biases may blur a level's logits before a warning.
+MAX_BLUR = 1.0
 # log2(number of items) of leaves that are not there: no sum notices them.
 NO_ITEMS = -1e30
 
@@ -67,6 +70,7 @@ def pack(weights: Weights, storage: str, exact: bool, blocks: str | None) -> Ind
         ValueError: NaN or inf in a parameter, a weight outside the storage's range; the message names the place.
     """
     check_finite(weights)
+    _warn_of_masks(weights)
     tails = len(weights.weights) - 1
     head = weights.weights[0].shape[0] - tails
     width = (weights.projections[0] if weights.projections else weights.weights[0]).shape[1]
@@ -110,6 +114,22 @@ def check_finite(weights: Weights) -> None:
         if not all(value.isfinite() for value in tensor.aminmax()):
             row = int((~tensor.isfinite()).reshape(tensor.shape[0], -1).any(1).nonzero()[0])
             raise ValueError(f"{name} row {row} holds NaN or inf: scores could not be ordered; mend the weights first")
+
+
+def _warn_of_masks(weights: Weights) -> None:
+    """Warn of biases so large that what rounds with them, every bound of their level, proves nothing any more."""
+    named = [("head_bias", weights.head_bias, weights.weights[0])]
+    named += [(f"tail_biases[{j}]", bias, weights.weights[j + 1]) for j, bias in enumerate(weights.tail_biases)]
+    for name, bias, table in named:
+        largest = 0.0 if bias is None or bias.numel() == 0 else float(bias.abs().max())
+        rank = table.shape[1]
+        if 4 * (rank + 8) * math.sqrt(rank) * 2**-24 * largest / math.log(2) > MAX_BLUR:
+            warnings.warn(
+                f"{name} reaches {largest:g} in size: searches of this index stay exact, but can hardly leave anything out, and "
+                "narrow storages keep many items to be decided in fp32. If that masks items, name them in exclude= or leave them "
+                "out of candidates= instead",
+                stacklevel=2,
+            )
 
 
 def _absent(dtype: torch.dtype = torch.float32) -> Tensor:

@@ -23,10 +23,39 @@ class HoldsPermutations(nn.Module):
     """A module with tensors of ids that move with it and travel with ``state_dict``, as buffers do, and are none.
 
     Weight averaging takes every buffer for numbers of which there is a mean: torch's ``AveragedModel(use_buffers=True)``
-    and Lightning's ``EMAWeightAveraging`` would round a permutation to one that is none, without a word.
+    and Lightning's ``EMAWeightAveraging`` would round a permutation to one that is none, without a word. And DDP would send
+    them round before every forward pass. What sends parameters and buffers round leaves these out, so every process has to
+    load them.
     """
 
+    items: Tensor
     _permutations: tuple[str, ...] = ()  # names of attributes
+    _awaited = False  # a state is to bring them
+
+    def await_state(self) -> None:
+        """Refuse to compute until a state has been loaded, whose ids are to replace these."""
+        self._awaited = True
+
+    def _check_there(self) -> None:
+        if self._awaited:
+            raise RuntimeError(
+                f"this {type(self).__name__} waits for the ids of a compressed model: load its state_dict, in every process "
+                "(what DDP and FSDP send round does not hold them)"
+            )
+
+    def _looked_up(self, ids: Tensor, name: str) -> Tensor:
+        """items[ids]. Raises IndexError, TypeError or ValueError for ids that are none, in the caller's own numbers."""
+        self._check_there()
+        items = self.items
+        check_tensor(ids, name)
+        check_integers(ids, name)
+        if ids.device != items.device:
+            raise ValueError(f"{name} is on {ids.device}, the module on {items.device}: move one of them")
+        if torch.compiler.is_compiling():
+            ids = torch.where(ids < 0, items.numel(), ids)  # which the lookup refuses; it may count -1 from the end
+        elif _has_values(ids):
+            check_ids(ids, items.numel(), name)
+        return items.index_select(0, ids.reshape(-1)).reshape(ids.shape)
 
     def _numbered(self, name: str, ids: Tensor) -> tuple[Tensor, int]:
         """Those of ``ids``, for the attribute ``name``, that number something, and how many there are of that."""
@@ -67,6 +96,7 @@ class HoldsPermutations(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        problems = len(missing_keys) + len(error_msgs)
         for name in self._permutations:
             key, own = prefix + name, getattr(self, name)
             if key not in state_dict:
@@ -84,6 +114,8 @@ class HoldsPermutations(nn.Module):
                 setattr(self, name, given.detach())
             else:
                 own.copy_(given)
+        if len(missing_keys) + len(error_msgs) == problems:
+            self._awaited = False
 
 
 class ReindexedEmbedding(HoldsPermutations):
@@ -107,7 +139,6 @@ class ReindexedEmbedding(HoldsPermutations):
         ValueError: ``items`` not 1-D, out of range, or naming a row twice.
     """
 
-    items: Tensor
     _permutations = ("items",)
 
     def _numbered(self, name: str, ids: Tensor) -> tuple[Tensor, int]:
@@ -137,7 +168,7 @@ class ReindexedEmbedding(HoldsPermutations):
             IndexError: an id outside 0..num_embeddings-1. TypeError: ids that are not int64.
             ValueError: ids on another device.
         """
-        out: Tensor = self.embedding(_looked_up(self.items, ids, "ids"))
+        out: Tensor = self.embedding(self._looked_up(ids, "ids"))
         return out
 
     @property
@@ -147,6 +178,7 @@ class ReindexedEmbedding(HoldsPermutations):
         For code that reads ``embedding.weight``, such as ``hidden @ embedding.weight.T``. It costs what the dense table
         did; ``softmax`` of the compressed model does not. Writing to it changes nothing.
         """
+        self._check_there()
         out: Tensor = self.embedding(self.items)
         return out
 
@@ -173,7 +205,6 @@ class ReindexedSoftmax(HoldsPermutations):
         ValueError: ``items`` not 1-D, out of range, or without a class for some item.
     """
 
-    items: Tensor
     classes: Tensor
     _permutations = ("items", "classes")
 
@@ -205,6 +236,7 @@ class ReindexedSoftmax(HoldsPermutations):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (..., C) for hidden (..., d)."""
+        self._check_there()
         log_prob = self.softmax.log_prob(hidden)
         inside = self.items >= 0
         return torch.where(inside, log_prob.index_select(-1, self.items.clamp(min=0)), ABSENT)
@@ -214,7 +246,7 @@ class ReindexedSoftmax(HoldsPermutations):
         check_tensor(target, "target")
         ignored = self.softmax.ignore_index
         known = target != ignored
-        items = _looked_up(self.items, torch.where(known, target, 0), "target")
+        items = self._looked_up(torch.where(known, target, 0), "target")
         return torch.where(known & (items >= 0), items, ignored)
 
     def output(self, hidden: Tensor, target: Tensor) -> ClusteredSoftmaxOutput:
@@ -251,12 +283,13 @@ class ReindexedSoftmax(HoldsPermutations):
         Raises:
             IndexError: a class outside 0..C-1. TypeError, ValueError: as the softmax's ``topk``.
         """
+        self._check_there()
         if isinstance(exclude, Tensor):
             exclude = self._excluded(exclude)
         elif isinstance(exclude, tuple) and len(exclude) == 2:
             exclude = (exclude[0], self._excluded(exclude[1]))
         if candidates is not None:
-            candidates = _looked_up(self.items, candidates, "candidates")
+            candidates = self._looked_up(candidates, "candidates")
             candidates = candidates[candidates >= 0]
         scores, items = self.softmax.topk(hidden, k, exclude=exclude, candidates=candidates, **options)
         found = self.classes.index_select(0, items.clamp(min=0).reshape(-1)).reshape(items.shape)
@@ -270,7 +303,7 @@ class ReindexedSoftmax(HoldsPermutations):
         Raises:
             IndexError: a class outside 0..C-1. TypeError, ValueError: as the softmax's ``score``.
         """
-        items = _looked_up(self.items, classes, "classes")
+        items = self._looked_up(classes, "classes")
         check_leading(classes, hidden, "classes", 1)
         return torch.where(items >= 0, self.softmax.score(hidden, items.clamp(min=0)), ABSENT)
 
@@ -280,8 +313,9 @@ class ReindexedSoftmax(HoldsPermutations):
         Raises:
             IndexError: a target that is no item.
         """
-        items = _looked_up(self.items, target, "target")
-        if not torch.compiler.is_compiling() and items.device.type == "cpu" and bool((items < 0).any()):
+        items = self._looked_up(target, "target")
+        seen = not torch.compiler.is_compiling() and _has_values(items) and items.device.type == "cpu"
+        if seen and bool((items < 0).any()):
             place = tuple((items < 0).nonzero()[0].tolist())
             raise IndexError(
                 f"target{list(place)} = {int(target[place])} is a class that no item stands for: it has no rank"
@@ -291,22 +325,15 @@ class ReindexedSoftmax(HoldsPermutations):
     def _excluded(self, classes: Tensor) -> Tensor:
         """Classes as items, -1 for negative ones and those that are none."""
         check_tensor(classes, "exclude")
-        items = _looked_up(self.items, classes.clamp(min=0), "exclude")
+        items = self._looked_up(classes.clamp(min=0), "exclude")
         return torch.where(classes >= 0, items, -1)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def _looked_up(items: Tensor, ids: Tensor, name: str) -> Tensor:
-    """items[ids]. Raises IndexError, TypeError or ValueError for ids that are none, in the caller's own numbers."""
-    check_tensor(ids, name)
-    check_integers(ids, name)
-    if ids.device != items.device:
-        raise ValueError(f"{name} is on {ids.device}, the module on {items.device}: move one of them")
-    if not torch.compiler.is_compiling():
-        check_ids(ids, items.numel(), name)
-    return items.index_select(0, ids.reshape(-1)).reshape(ids.shape)
+def _has_values(ids: Tensor) -> bool:
+    return not ids.is_meta and type(ids).__name__ != "FakeTensor"  # whose module takes seconds to import
 
 
 def _check_items(items: Tensor, num_items: int) -> None:

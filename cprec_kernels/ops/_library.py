@@ -240,7 +240,8 @@ def check_rows(rows: Tensor, input: Tensor, name: str, dim: int) -> None:
     torch._check_value(
         rows.dim() == dim and rows.shape[0] == input.shape[0],
         lambda: (
-            f"{name} must have one {'entry' if dim == 1 else 'row'} per row of input, got shapes {tuple(rows.shape)} and {tuple(input.shape)}"
+            f"{name} must have one {'entry' if dim == 1 else 'row'} per row of input, got shapes {tuple(rows.shape)}"
+            f" and {tuple(input.shape)}"
         ),
     )
     torch._check_value(rows.device == input.device, lambda: f"{name} is on {rows.device}, input on {input.device}")

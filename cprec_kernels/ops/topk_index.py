@@ -268,7 +268,8 @@ def topk_index(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k most probable items of every row, from an index.
 
-    The ids are those of :func:`cprec_kernels.functional.clustered_topk` on the index's fp32 weights where it keeps them,
+    Up to the rounding of a score, which two sums may leave on either side of a tie, the ids are those of
+    :func:`cprec_kernels.functional.clustered_topk` on the index's fp32 weights where it keeps them,
     else on the stored ones. Item ids inside ``arrays`` are trusted; :class:`cprec_kernels.nn.TopKIndex` checks those it
     reads from a file.
 

@@ -114,7 +114,7 @@ class RowwiseOptimizer(torch.optim.Optimizer):
 
         Raises:
             IndexError: a sparse gradient names a row that is not there.
-            TypeError: a gradient whose dtype is not the parameter's.
+            TypeError: a gradient whose dtype is not the parameter's; moments of another dtype, as the parameter has changed its.
             ValueError: a gradient of another shape or layout, or sparse in more than one dimension; a learning rate or
                 another hyperparameter that has left its range, lr * weight_decay < 1 among them.
         """
@@ -131,8 +131,24 @@ class RowwiseOptimizer(torch.optim.Optimizer):
             if param.grad is not None
         ]
         for gradient in gradients:
+            self._check_state(gradient.param)
+        for gradient in gradients:
             self._step_one(gradient)
         return loss
+
+    def _check_state(self, param: Tensor) -> None:
+        """Raise TypeError for moments that are not of the parameter's kind any more."""
+        wanted = ops.state_dtype(param)
+        for name, value in self.state.get(param, {}).items():
+            if name in self._moments and value.dtype != wanted:
+                raise TypeError(
+                    f"{name} of a parameter {tuple(param.shape)} is {value.dtype}, and must be {wanted} now that the parameter "
+                    f"is {param.dtype}: load this optimizer's own state_dict, which casts it"
+                )
+
+    @property
+    def _moments(self) -> frozenset[str]:
+        return self.required_state - COUNTERS
 
     def _step_one(self, gradient: Gradient) -> None:
         group, param = gradient.group, gradient.param
@@ -245,7 +261,7 @@ class RowwiseOptimizer(torch.optim.Optimizer):
     # State
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; state keeps its own dtype (fp32 beside a 16-bit parameter, fp64 for pending decay).
+        """As in torch; moments are fp32 beside a 16-bit parameter, whatever they were saved as, pending decay is fp64.
 
         Raises:
             ValueError: the state is not that of this kind of optimizer, of one with amsgrad or weight decay that is not
@@ -263,7 +279,9 @@ class RowwiseOptimizer(torch.optim.Optimizer):
         for index, param in zip(ids, self._params(), strict=True):
             for name, value in saved["state"].get(index, {}).items():
                 # torch has cast it to the parameter's dtype, and leaves it in the strides of the one it was saved for.
-                self.state[param][name] = value.to("cpu" if name in COUNTERS else param.device, copy=True).contiguous()
+                dtype = ops.state_dtype(param) if name in self._moments else value.dtype
+                device = "cpu" if name in COUNTERS else param.device
+                self.state[param][name] = value.to(device, dtype, copy=True).contiguous()
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         if not {"state", "param_groups"} <= set(state_dict):

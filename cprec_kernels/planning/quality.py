@@ -10,7 +10,8 @@ of what can be known of it, and the loss of the partition is sum_i w_i l_i, betw
 * T(r) is the share of the embedding's variance beyond its first r directions, for a spectrum that falls as a power,
   variance k^-a in direction k = 1..d. (Bias.)
 * 2 r numbers, a row in the input table and one in the softmax, are estimated from n_i observations; each costs v / n_i, as
-  in the penalties of AIC and Mallows' C_p; r numbers where one row serves both. (Variance.) Projections and parent labels are numbers too: v / (N + K) each.
+  in the penalties of AIC and Mallows' C_p; r numbers where one row serves both. (Variance.) Projections and parent labels
+  are numbers too: v / (N + K) each.
 * t is what the two-level softmax costs an item that is reached through its parent label: one vector per tail has to say
   how probable the whole tail is.
 * u is what it costs that one row has to be the item as a history and the item as a target. It buys twice the columns.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -168,6 +169,38 @@ def test_a_compressed_checkpoint_loads_into_a_fresh_model(counts, ids, tmp_path)
         torch.testing.assert_close(fresh(ids), model(ids), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"unknown keys \['colour'\]"):
         CompressionPlan.from_dict({**report.plan.to_dict(), "colour": 1})
+
+
+def test_a_checkpoint_is_assigned_to_a_model_without_values(counts, ids):
+    model = GRULike()
+    plan = cprec_kernels.compress(model, counts, partition=PARTITION).plan
+    with torch.device("meta"):
+        skeleton = GRULike()
+    plan.apply(skeleton)
+    with pytest.raises(RuntimeError, match="waits for the ids"):
+        skeleton(ids)
+    skeleton.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(skeleton(ids), model(ids))
+
+
+def test_table_and_classifier_have_ids_of_their_own(counts, tmp_path):
+    """Tensors that share memory are refused by safetensors, and a state of one module would rewrite the other's."""
+    dense = nn.ModuleDict({"table": nn.Embedding(30, 8), "classifier": nn.Linear(8, 30)})
+    cprec_kernels.compress(dense, counts[1:31], partition=Partition(30, [10], [8, 2], 8))
+    assert dense["table"].items.data_ptr() != dense["classifier"].items.data_ptr()
+    safetensors.torch.save_file(dense.state_dict(), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_and_biases_are_frozen_as_they_were(counts, weight, bias):
+    model = GRULike()
+    name, linear = next((name, own) for name, own in model.named_modules() if isinstance(own, nn.Linear))
+    linear.weight.requires_grad_(weight)
+    linear.bias.requires_grad_(bias)
+    cprec_kernels.compress(model, counts, partition=PARTITION)
+    for key, parameter in model.get_submodule(name).named_parameters():
+        assert parameter.requires_grad == (bias if "bias" in key else weight), key
 
 
 def test_the_report_adds_up(counts):

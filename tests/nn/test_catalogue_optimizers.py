@@ -193,3 +193,17 @@ def test_new_rows_start_with_no_first_moment_and_the_mean_second_one():
     state = optimizer.state[embedding.embeddings[2]]
     torch.testing.assert_close(state["exp_avg_sq"][-3:], mean.expand(3, 3))
     assert torch.count_nonzero(state["exp_avg"][-3:]) == 0
+
+
+def test_moments_of_equal_biases_go_along_with_their_items():
+    """Biases that stand still, as in a warm-up from zero, are equal: their items are told apart by the moments alone."""
+    head = ClusteredSoftmaxWithLoss(8, Partition(4, [2], [8, 4], 8), head_bias=True, tail_bias=True)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=0.9)
+    head(torch.randn(16, 8), torch.tensor([0, 0, 0, 1, 2, 2, 3, 3] * 2)).loss.backward()
+    optimizer.step()
+    before = optimizer.state[head.head_bias]["momentum_buffer"].clone()
+    change = head.repartition([1.0, 9.0, 1.0, 1.0], head.partition, optimizer=optimizer)
+    assert change.old_ids.tolist()[:2] == [1, 0]
+    assert not head.head_bias[:2].any()
+    after = optimizer.state[head.head_bias]["momentum_buffer"]
+    assert torch.equal(after[:2], before[[1, 0]])

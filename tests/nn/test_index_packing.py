@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from fractions import Fraction
 
 import pytest
 import torch
 
-from cprec_kernels import Partition
+from cprec_kernels import Partition, release_memory
 from cprec_kernels.nn import ClusteredSoftmaxWithLoss, index_packing
 from cprec_kernels.nn.index_packing import MIN_EIGENVALUE, STORAGES, kd_order, leaf_basis, pack, rows_of
 from cprec_kernels.ops.topk_index import GROUP, LEAF
@@ -326,3 +327,26 @@ def test_a_stale_index_is_saved_as_what_it_was_built_from(storage, tmp_path):
     assert index.is_stale
     index.save(tmp_path / "after")
     assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
+
+
+def test_biases_that_mask_items_are_warned_of():
+    head = ClusteredSoftmaxWithLoss(8, Partition(200, [50], [8, 4], 8), head_bias=True, tail_bias=True)
+    with torch.no_grad():
+        head.tail_biases[0][3] = -1e9
+    with pytest.warns(UserWarning, match=r"tail_biases\[0\] reaches 1e\+09 in size: .* exclude= or leave them"):
+        index = head.build_index()
+    hidden = torch.randn(4, 8)
+    assert torch.equal(index.topk(hidden, 200).items, head.topk(hidden, 200)[1])
+    with torch.no_grad():
+        head.tail_biases[0][3] = -50.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head.build_index()
+
+
+def test_the_memory_of_an_index_that_is_gone_goes_back_to_the_system():
+    head = ClusteredSoftmaxWithLoss(64, Partition(100_000, [1_000], [64, 16], 64))
+    release_memory()
+    index = head.build_index()
+    del index
+    assert release_memory() < 1 << 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cprec_kernels import Partition
@@ -130,3 +131,53 @@ def test_negative_entries_and_padding_exclude_nothing():
     hidden = torch.randn(3, 4)
     for exclude in (torch.full((3, 2), -1), torch.full((3, 1), 1), (ids(0, 1, 2, 3), ids(-1, -1, 1))):
         assert softmax.topk(hidden, 6, exclude=exclude)[1].sort().values.tolist() == [[0, 2, 3, 4, 5, 6]] * 3
+
+
+@pytest.mark.parametrize("bad", [-1, -2_000, 2_000])
+def test_ids_that_are_none_are_refused_when_compiled(bad):
+    """Inductor takes a lookup apart into indexing, which counts -1 from the end."""
+    table, softmax = reindexed()
+    hidden, target = torch.randn(1, 8), ids(bad)
+    calls = [(table, (target,)), (softmax.loss, (hidden, target)), (softmax.score, (hidden, target[None]))]
+    for call, arguments in calls:
+        with pytest.raises(IndexError):
+            call(*arguments)
+        with torch.no_grad(), pytest.raises((IndexError, RuntimeError), match="out of"):
+            torch.compile(call, backend="aot_eager_decomp_partition")(*arguments)
+
+
+def test_a_module_that_awaits_its_ids_refuses_to_compute():
+    model, loaded = reindexed(), reindexed()
+    table, softmax = model
+    for module in model:
+        module.await_state()
+    hidden, target = torch.randn(1, 8), ids(1)
+    calls = [
+        lambda: table(target), lambda: table.weight, lambda: softmax(hidden), lambda: softmax.loss(hidden, target),
+        lambda: softmax.topk(hidden, 3), lambda: softmax.rank(hidden, target), lambda: softmax.score(hidden, target[None]),
+    ]  # fmt: skip
+    state = loaded.state_dict()
+    del state["1.classes"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(state)
+    table.await_state()  # whose ids came, while the softmax still waits
+    for call in calls:
+        with pytest.raises(
+            RuntimeError, match="waits for the ids of a compressed model: load its state_dict, in every"
+        ):
+            call()
+    model.load_state_dict(loaded.state_dict())
+    assert torch.equal(table(target), loaded[0](target))
+    assert torch.equal(softmax(hidden), loaded[1](hidden))
+    for call in calls:
+        call()
+
+
+def test_ids_without_values_are_looked_up():
+    table, softmax = reindexed()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        target = mode.from_tensor(ids(1, 5))
+        hidden = table(target)
+        assert hidden.shape == (2, 8)
+        assert softmax.loss(hidden, target).shape == ()
+        assert softmax.rank(hidden, target).shape == (2,)

@@ -256,3 +256,54 @@ def test_a_rate_that_has_become_text_is_refused(kind):
     optimizer.param_groups[0]["lr"] = "0.1"
     with pytest.raises(ValueError, match=r"lr must be at least 0 and finite, got '0\.1'"):
         train(optimizer, params, [0])
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("saved", "own"),
+    [(torch.float64, torch.float32), (torch.float32, torch.float64), (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+def test_moments_of_another_dtype_are_cast(kind, saved, own):
+    params, others = make_params(saved), make_params(own)
+    optimizer, resumed = kind(params, weight_decay=0.1), kind(others, weight_decay=0.1)
+    train(optimizer, params, range(2))
+    resumed.load_state_dict(optimizer.state_dict())
+    wanted = torch.float64 if own == torch.float64 else torch.float32
+    for p, q in zip(params, others, strict=True):
+        for name, value in resumed.state[q].items():
+            before = optimizer.state[p][name]
+            moment = name in kind.required_state - {"step"}
+            assert value.dtype == (wanted if moment else before.dtype), name
+            torch.testing.assert_close(value, before.to(value.dtype))
+    train(resumed, others, range(2, 4))
+
+
+def test_torch_keeps_moments_in_bf16_and_they_become_fp32():
+    param = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.bfloat16))
+    theirs = torch.optim.AdamW([param])
+    param.grad = torch.ones_like(param)
+    theirs.step()
+    ours = RowwiseAdamW([param])
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.state[param]["exp_avg"].dtype == torch.float32
+    ours.step()
+
+
+@BOTH
+def test_a_parameter_that_changed_its_dtype_is_refused_before_anything_changes(kind):
+    params = make_params()
+    optimizer = kind(params)
+    train(optimizer, params, range(2))
+    params[-1].data = params[-1].data.double()
+    for param in params:
+        param.grad = torch.ones_like(param)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(
+        TypeError, match=r"is torch.float32, and must be torch.float64 now .* load this optimizer's own"
+    ):
+        optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert not any(torch.equal(param, old) for param, old in zip(params, before, strict=True))
