@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <optional>
+#include <set>
+#include <string>
 
 #define CPREC_WEIGHTS "Tensor[] weights, Tensor[] projections, Tensor? head_bias, Tensor[] tail_biases"
 
@@ -27,15 +29,19 @@ __attribute__((constructor(101))) void refuse_second_definition() {
   std::abort();
 }
 
+// Arguments that are ids, whose types the kernels check; all others are numbers.
+const std::set<std::string> kIntegers{"ids", "target", "items", "exclude", "exclude_offsets", "candidates"};
+
 // Makes the stack's last entries what the native kernel takes; returns them.
 Arguments prepare(const c10::FunctionSchema& schema, c10::Stack& stack) {
   std::optional<at::ScalarType> dtype;
-  const auto check = [&](const Tensor& tensor) {
+  const auto check = [&](const Tensor& tensor, const std::string& name) {
     if (!tensor.defined()) return;
     TORCH_CHECK_VALUE(tensor.device().is_cpu(), schema.name(), " runs on the CPU here, got a tensor on ",
                       tensor.device(), "; other devices need Python and cprec_kernels");
     const at::ScalarType own = tensor.scalar_type();
-    if (!at::isFloatingType(own)) return;
+    if (kIntegers.count(name) != 0) return;
+    TORCH_CHECK_TYPE(at::isFloatingType(own), name, " must be floating point, got ", own);
     TORCH_CHECK_TYPE(own == at::kFloat || own == at::kBFloat16 || own == at::kHalf, schema.name(),
                      " has kernels for float32, bfloat16 and float16, not for ", own,
                      "; export the model in one of them");
@@ -49,9 +55,10 @@ Arguments prepare(const c10::FunctionSchema& schema, c10::Stack& stack) {
     IValue& value = stack[first + i];
     // A package of AOTInductor passes None for a list without elements.
     if (value.isNone() && arguments[i].type()->kind() == c10::TypeKind::ListType) value = c10::List<Tensor>();
-    if (value.isTensor()) check(value.toTensor());
+    const std::string& name = arguments[i].name();
+    if (value.isTensor()) check(value.toTensor(), name);
     if (value.isTensorList())
-      for (const Tensor& tensor : value.toTensorVector()) check(tensor);
+      for (const Tensor& tensor : value.toTensorVector()) check(tensor, name);
   }
   return Arguments(stack).slice(first);
 }
@@ -60,6 +67,14 @@ Arguments prepare(const c10::FunctionSchema& schema, c10::Stack& stack) {
 // are not among them.
 
 void check_nothing(Arguments /*arguments*/) {}
+
+void check_padding(Arguments arguments) {
+  if (arguments[3].isNone()) return;
+  const int64_t padding = arguments[3].toInt();
+  int64_t num_items = 0;
+  for (const Tensor& table : arguments[1].toTensorVector()) num_items += table.size(0);
+  TORCH_CHECK_VALUE(0 <= padding && padding < num_items, "padding_idx = ", padding, " is outside 0..", num_items - 1);
+}
 
 void check_finite(Arguments arguments) {
   const Tensor& input = arguments[0].toTensor();
@@ -71,6 +86,8 @@ void check_finite(Arguments arguments) {
 
 void check_topk(Arguments arguments) {
   check_finite(arguments);
+  TORCH_CHECK_VALUE(!arguments[6].isNone() || arguments[7].isNone(),
+                    "exclude_offsets come with exclude, and it is None");
   if (arguments[6].isNone()) return;
   int64_t num_items = 1;  // all rows of the weights but the parent labels
   for (const Tensor& weight : arguments[2].toTensorVector()) num_items += weight.size(0) - 1;
@@ -133,7 +150,7 @@ TORCH_LIBRARY(cprec, m) {
 
 // For every device, so that the check of devices is the one above.
 TORCH_LIBRARY_IMPL(cprec, CompositeExplicitAutograd, m) {
-  m.impl("block_embedding", boxed<&run<kEmbedding, &check_nothing>>());
+  m.impl("block_embedding", boxed<&run<kEmbedding, &check_padding>>());
   m.impl("clustered_topk", boxed<&run<kTopk, &check_topk>>());
   m.impl("clustered_rank", boxed<&run<kRank, &check_finite>>());
   m.impl("clustered_score", boxed<&run<kScore, &check_nothing>>());

@@ -75,7 +75,8 @@ Outputs clustered_softmax_cpu(const Tensor& input, const Tensor& target, at::Ten
       for (int64_t t = begin; t < end; ++t) {
         const double lse = merged_lse(shifts[j].data() + t, sums[j].data() + t, level.slabs, kernel.num_tokens);
         const int64_t token = tokens == nullptr ? t : tokens[t];
-        log_prob.mutable_data_ptr<float>()[token] += static_cast<float>((logits[static_cast<size_t>(t)] - lse) * kLn2);
+        log_prob.mutable_data_ptr<float>()[token] +=
+            static_cast<float>(log_probability(logits[static_cast<size_t>(t)], lse));
         if (smooth) uniform.mutable_data_ptr<float>()[token] += static_cast<float>(means[t] - lse * kLn2);
         lse_out[token] = lse * kLn2;
       }

@@ -31,8 +31,8 @@ Tensor gradient_terms(const Level& level, const Tensor& g1, const Tensor& g2, co
     row[1][t] = static_cast<float>(log2_sum - row[0][t]);
     row[2][t] = static_cast<float>(-(a + b));
     row[3][t] = static_cast<float>(b / static_cast<double>(kernel.num_entries));
-    // g1 (1 - p) + g2 (1/C - p): 1 - p by expm1, which keeps its digits where p is near 1.
-    const double log_p = (logits[static_cast<size_t>(t)] - log2_sum) * kLn2;
+    // g1 (1 - p) + g2 (1/C - p): 1 - p by expm1, which loses no digits of what the sum has.
+    const double log_p = log_probability(logits[static_cast<size_t>(t)], log2_sum);
     row[4][t] = static_cast<float>(-a * std::expm1(log_p) - b * std::exp(log_p) + row[3][t]);
   }
   // Tokens that fill up a vector have a hidden state of zero, so their logits are biases: without a sum to be divided

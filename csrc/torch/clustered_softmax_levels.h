@@ -68,6 +68,14 @@ inline std::vector<Job> jobs_of(const std::vector<Level>& levels) {
   return jobs;
 }
 
+// ln p of an entry from its logit and the log-sum-exp, log2. The sum holds the entry's own term rounded to fp32, so
+// where hardly anything else is in it, it may come out smaller than that: no probability is above 1, and no gradient
+// turns round.
+inline double log_probability(double logit, double lse) {
+  const double log_p = (logit - lse) * kLn2;
+  return log_p > 0.0 ? 0.0 : log_p;  // NaN stays
+}
+
 inline Tensor as_float(const Tensor& tensor) {
   return tensor.to(at::kFloat).contiguous();
 }
@@ -128,6 +136,7 @@ inline std::vector<Level> make_levels(const Tensor& input, const Tensor& target,
     kernel.depth = narrow ? (rank + 1) / 2 : rank;
     kernel.stride = round_up(rank, kRankPad);
   }
+  TORCH_CHECK_VALUE(next == projections.size(), projections.size(), " projections were given, ", next, " are needed");
   return levels;
 }
 

@@ -19,6 +19,16 @@ constexpr int64_t kHugePage = int64_t{2} << 20;
 // What malloc serves from memory that it keeps anyway: below its threshold for mapping pages afresh.
 constexpr int64_t kSmall = int64_t{1} << 20;
 
+// Aligned to large pages, which the system is asked for; null when there is no memory left.
+void* allocate(int64_t bytes) {
+  void* memory = std::aligned_alloc(kHugePage, static_cast<size_t>((bytes + kHugePage - 1) / kHugePage * kHugePage));
+#ifdef __linux__
+  // Fewer faults and fewer TLB misses; that it is refused on some systems is no harm.
+  if (memory != nullptr) madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
 class Pool {
  public:
   void* take(int64_t bytes) {
@@ -36,16 +46,12 @@ class Pool {
       // The longest idle go first.
       while (!idle_.empty() && in_use_ + idle_bytes_ > peak_) drop_oldest();
     }
-    void* memory = std::aligned_alloc(kHugePage, static_cast<size_t>((bytes + kHugePage - 1) / kHugePage * kHugePage));
+    void* memory = allocate(bytes);
+    if (memory == nullptr && release() > 0) memory = allocate(bytes);
     if (memory == nullptr) {
       const std::lock_guard<std::mutex> lock(mutex_);
       in_use_ -= bytes;
-      return nullptr;
     }
-#ifdef __linux__
-    // Fewer faults and fewer TLB misses; that it is refused on some systems is no harm.
-    madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);
-#endif
     return memory;
   }
 
@@ -87,11 +93,16 @@ Pool& pool() {
   return *instance;
 }
 
+int64_t bytes_of(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  int64_t bytes = static_cast<int64_t>(options.dtype().itemsize());
+  for (const int64_t size : sizes) bytes *= size;
+  return bytes;
+}
+
 }  // namespace
 
 at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  int64_t bytes = static_cast<int64_t>(options.dtype().itemsize());
-  for (const int64_t size : sizes) bytes *= size;
+  int64_t bytes = bytes_of(sizes, options);
   if (bytes < kSmall || !options.device().is_cpu()) return at::empty(sizes, options);
   // Up to the next sixteenth of a power of two: sparse gradients differ a little in size from step to step.
   const int64_t step = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(bytes))) / 16;
@@ -103,6 +114,14 @@ at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options)
   if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())
     out.fill_(out.is_floating_point() ? std::numeric_limits<double>::quiet_NaN() : 127.0);
   return out;
+}
+
+at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const int64_t bytes = bytes_of(sizes, options);
+  if (bytes < kSmall || !options.device().is_cpu()) return at::empty(sizes, options);
+  void* memory = allocate(bytes);
+  TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes for a tensor of shape ", sizes);
+  return at::from_blob(memory, sizes, [](void* block) { std::free(block); }, options);
 }
 
 int64_t release_pool() {

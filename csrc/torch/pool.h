@@ -10,6 +10,9 @@ namespace cprec {
 // The pool never holds more, in use and idle, than was in use at once at some time.
 at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+// The same of no pool: its memory goes back to the system with the last reference.
+at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 // Gives idle memory back to the system; returns how many bytes that were.
 int64_t release_pool();
 

@@ -133,9 +133,9 @@ class PackedIndex : public torch::CustomClassHolder {
   const Packed packed_;
 };
 
-// A copy in pages of the pool: large ones where the system grants them, so that a scan waits less for translations.
+// A copy in large pages where the system grants them, so that a scan waits less for translations.
 Tensor in_large_pages_cpu(const Tensor& tensor) {
-  const Tensor out = pooled_empty(tensor.sizes(), tensor.options());
+  const Tensor out = large_empty(tensor.sizes(), tensor.options());
   return out.copy_(tensor);
 }
 

@@ -38,11 +38,11 @@ class LeafTests {
   void run(const Visitor* visitors, char* wanted) {
     thread_local Scratch<float> bounds;
     thread_local Scratch<uint64_t> marks;
-    upper_ = bounds.get(kLookRows * stride_);
-    uint64_t* open = marks.get((kLookRows + 1) * words_);
+    upper_ = bounds.get(count_ * stride_);
+    uint64_t* open = marks.get((count_ + 1) * words_);
     bound();
     for (int64_t i = 0; i < count_; ++i)
-      wanted[i] = by_bounds(visitors[i], i, open + i * words_, open + kLookRows * words_);
+      wanted[i] = by_bounds(visitors[i], i, open + i * words_, open + count_ * words_);
     // Rows that are through have no leaves left to look at.
     look(0, count_, open, visitors, wanted);
   }

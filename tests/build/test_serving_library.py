@@ -83,6 +83,7 @@ calls = {
     "an id too large": lambda: ops.block_embedding(ids + 1, tables, projections, None, False),
     "a negative id": lambda: ops.block_embedding(ids - 1, tables, projections, None, False),
     "ids in int32": lambda: ops.block_embedding(ids.int(), tables, projections, None, False),
+    "padding beyond the tables": lambda: ops.block_embedding(ids, tables, projections, 30, False),
     "a projection is missing": lambda: ops.block_embedding(ids, tables, projections[:1], None, False),
     "topk": lambda: ops.clustered_topk(hidden, 7, *weights, *choice),
     "topk without biases": lambda: ops.clustered_topk(hidden, 7, *plain, *choice),
@@ -90,6 +91,10 @@ calls = {
     "topk, seen": lambda: ops.clustered_topk(hidden, 7, *weights, seen, None, None),
     "topk, seen in CSR form": lambda: ops.clustered_topk(hidden, 7, *weights, torch.tensor([3, 9]), offsets, None),
     "topk among candidates": lambda: ops.clustered_topk(hidden, 7, *weights, seen, None, torch.tensor([1, 2, 29])),
+    "offsets of nothing": lambda: ops.clustered_topk(hidden, 7, *weights, None, offsets, None),
+    "whole numbers for states": lambda: ops.clustered_topk(hidden.long(), 7, *weights, *choice),
+    "whole numbers for biases": lambda: ops.clustered_topk(hidden, 7, *weights[:2], weights[2].long(), [], *choice),
+    "a projection too many": lambda: ops.clustered_topk(hidden, 7, weights[0], [*projections, projections[0]], None, [], *choice),
     "k too large": lambda: ops.clustered_topk(hidden, 31, *weights, *choice),
     "k below 0": lambda: ops.clustered_topk(hidden, -1, *weights, *choice),
     "NaN in a search": lambda: ops.clustered_topk(nan, 7, *weights, *choice),
@@ -156,7 +161,7 @@ def test_results_and_errors_are_those_of_the_python_package(tmp_path):
             torch.testing.assert_close(
                 outcomes[name], expected, rtol=0, atol=0, msg=lambda text, n=name: f"{n}: {text}"
             )
-    assert sum(isinstance(expected, str) for expected in here["outcomes"].values()) == 22
+    assert sum(isinstance(expected, str) for expected in here["outcomes"].values()) == 27
     for message, pattern in zip(
         messages,
         [

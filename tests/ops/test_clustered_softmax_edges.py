@@ -219,3 +219,18 @@ def test_gradients_of_biases_are_exact_where_logits_are_large(cpu_isa):
     weights = Weights([torch.zeros(100, 8)], [], bias)
     functional.clustered_cross_entropy(torch.ones(1, 8), torch.tensor([0]), weights).backward()
     assert (bias.grad[1:] * 100 - 1).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("gap", [18.0, 22.0, 30.4, 60.0, 200.0])
+def test_no_probability_is_above_one_and_no_gradient_turns_round(gap, cpu_backend):
+    """Where hardly anything but the target is in the sum, fp32 may find the sum smaller than the target's own term."""
+    weights = torch.zeros(200, 4)
+    target = torch.full((64,), 7)
+    for seed in range(20):
+        bias = torch.randn(200, generator=torch.Generator().manual_seed(seed))
+        bias[7] = bias.max() + gap + torch.rand((), generator=torch.Generator().manual_seed(seed))
+        bias.requires_grad_()
+        log_prob, _ = functional.clustered_target_log_prob(torch.zeros(64, 4), target, Weights([weights], [], bias, []))
+        assert (log_prob <= 0).all()
+        log_prob.sum().backward()
+        assert bias.grad[7] >= 0

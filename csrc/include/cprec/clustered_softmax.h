@@ -60,8 +60,7 @@ struct SoftmaxCountSlab {
 };
 
 // Gradients of entries begin..end-1. With p = exp(logit - lse): d logit = coefficient p + uniform, except where the
-// entry is the token's own: there it is at_target, which the caller has from a sum that loses no digits when p is
-// near 1.
+// entry is the token's own: there it is at_target, which the caller has from the log-sum-exp in fp64.
 struct SoftmaxGradSlab {
   std::int64_t begin, end;
   const float* lse;            // (num_tokens,) log-sum-exp times log2(e), rounded
