@@ -40,11 +40,6 @@ from cprec.cli_options import (
     typed,
 )
 
-USER_SPLIT = (
-    "note: the data is split by users, drawn anew for every folder, so the earlier model may have been trained on those who are "
-    "held out now: figures would flatter. --split leave-one-out and time hold out what is newest"
-)
-
 
 def train(
     context: typer.Context,
@@ -110,12 +105,14 @@ def train(
     The run folder holds config.json, weights.safetensors, metrics.json, curve.png and logs. A run that was killed goes
     on with the same command and --resume.
     """
+    from cprec import warm_start
     from cprec.checkpoint import CONFIG_NAME
     from cprec.data import PreparedData
     from cprec.training import TrainingConfig
     from cprec.training import train as train_model
 
     prepared: PreparedData = PreparedData.open(data)
+    doubt = None
     if start_from is not None:
         goes_on = resume and (out / CONFIG_NAME).is_file()  # then the run itself says what it is
         model_config, former_length = grown_model(
@@ -123,6 +120,8 @@ def train(
             sparse_embedding=sparse_embedding,
         )  # fmt: skip
         length = length if typed(context, "length") else former_length
+        if not goes_on:
+            doubt = warm_start.doubtful_split(start_from, prepared)
     else:
         if resume and tie_tails is None:
             tie_tails = tails_of_run(out)
@@ -139,9 +138,8 @@ def train(
         devices=int(devices) if devices.isdecimal() else devices, strategy=strategy, workers=workers,
         checkpoint_every=checkpoint_every, start_from=None if start_from is None else str(start_from),
     )  # fmt: skip
-    drawn = start_from is not None and prepared.meta["options"]["split"] == "user"
     announce_model(
-        prepared.name, model_config, length, planned=compression is not None, note=USER_SPLIT if drawn else None
+        prepared.name, model_config, length, planned=compression is not None, note=f"note: {doubt}" if doubt else None
     )
     result = train_model(
         prepared, model_config, training_config, out, resume=resume, overwrite=overwrite, progress=not quiet

@@ -216,7 +216,8 @@ def export(
     out = Path(out)
     run = RunConfig.read(run_folder)
     model = checkpoint.load(run_folder)
-    catalogue = run.open_data(data).catalogue
+    prepared = run.open_data(data)
+    catalogue = prepared.catalogue
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not overwrite:
             raise FileExistsError(f"{out} exists: overwrite it, or choose another folder")
@@ -238,7 +239,11 @@ def export(
                 model,
                 extra={
                     "export": {"length": run.training.length, "items_sha256": hashlib.sha256(lines).hexdigest()},
-                    "data": {"name": run.data_name, "fingerprint": run.data_fingerprint},
+                    "data": {
+                        "name": run.data_name,
+                        "fingerprint": run.data_fingerprint,
+                        "split": prepared.meta["options"]["split"],
+                    },
                 },
             )
             (stage / ITEMS_NAME).write_bytes(lines)

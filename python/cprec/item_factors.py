@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SWEEPS = 5
 CG_STEPS = 3
 MAX_ENTRIES = 1 << 20  # numbers in a batch of partners' vectors: 4 MB, which caches hold in part
+ROWS_IN_FP64 = 1 << 14  # at a time
 SMALLEST = 1e-30  # of what divides: a system that is solved already
 
 
@@ -48,7 +49,7 @@ def transitions(
 
     An item m places behind another of its sequence, m = 1..window, adds decay^(m - 1) to the pair, and ``backward`` times as
     much to the pair the other way round: what belongs together often comes in either order. An item after itself adds
-    nothing. Memory: about 50 bytes per interaction and place of the window.
+    nothing. Memory: up to 100 bytes per interaction and place of the window, where nearly all pairs differ.
 
     Raises:
         ValueError: an argument outside its range, or items that are none of 0..num_items - 1.
@@ -208,11 +209,19 @@ def as_initial_vectors(before: Tensor, after: Tensor, counts: Tensor) -> tuple[T
     """Factors in a model's scale: the mean square norm of p is 1 and the standard deviation of p_i q_j is 1, for i drawn as
     often as it occurs and j from the catalogue. Factors that are 0 throughout stay so."""
     shares = counts.double() / counts.sum()
-    p, q = before.double(), after.double()
-    norm = float((shares @ p.square().sum(1)).sqrt()) or 1.0
-    second = ((p * shares[:, None]).T @ p * (q.T @ q / len(q))).sum()
-    deviation = float((second - (shares @ p @ q.mean(0)).square()).clamp_min(0).sqrt()) or norm
-    return (p / norm).float(), (q * (norm / deviation)).float()
+    width = before.shape[1]
+    mean_p, mean_q = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    square_p, square_q = (torch.zeros(width, width, dtype=torch.float64) for _ in range(2))
+    for part in torch.arange(len(before)).split(ROWS_IN_FP64):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        p, q, weights = before[rows].double(), after[rows].double(), shares[rows]
+        mean_p += weights @ p
+        square_p += (p * weights[:, None]).T @ p
+        mean_q += q.sum(0) / len(after)
+        square_q += q.T @ q / len(after)
+    norm = float(square_p.trace().sqrt()) or 1.0
+    deviation = float(((square_p * square_q).sum() - (mean_p @ mean_q).square()).clamp_min(0).sqrt()) or norm
+    return before / norm, after * (norm / deviation)
 
 
 def initialise(model: NextItNet, data: PreparedData, *, seed: int = 0, progress: bool = False) -> None:

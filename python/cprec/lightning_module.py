@@ -421,6 +421,14 @@ class Patience(EarlyStopping):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, "patience": self.patience})
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count from the run's history, whatever patience it began with: a run without any keeps no state of this."""
+        assert isinstance(pl_module, TrainingModule)
+        scores = [record.validation[MONITOR] for record in pl_module.history]
+        if scores:
+            self.best_score = torch.tensor(max(scores), dtype=torch.float32)
+            self.wait_count = len(scores) - 1 - scores.index(max(scores))
+
 
 def progress_callbacks(show: bool) -> list[Callback]:
     """A progress bar, where standard error is a terminal."""

@@ -60,8 +60,8 @@ def plan_model(
         planner: made from counts and ``options`` (see :class:`cprec_kernels.planning.Planner`) unless given.
 
     Raises:
-        ValueError: counts are for another catalogue, ``planner`` for tails tied otherwise, or ``compression`` is not a finite number above 0, or more than the
-            model allows; the message has the largest that it does.
+        ValueError: counts are for another catalogue, ``planner`` for tails tied otherwise, or ``compression`` is not a
+            finite number above 0, or more than the model allows; the message has the largest that it does.
     """
     planner = planner or Planner(counts, model.embedding_dim, tie_tails=model.tie_tails, **options)
     if planner.num_items != model.num_items:

@@ -186,14 +186,14 @@ def train(
     with contextlib.ExitStack() as lock, _quiet_lightning(), _kept_random_state():
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-        main = getattr(rank_zero_only, "rank", 0) in (
-            None,
-            0,
-        )  # processes launched for other devices come through here too
+        # Processes launched for other devices come through here too.
+        main = getattr(rank_zero_only, "rank", 0) in (None, 0)
         if main:
             lock.enter_context(folder.held())
             folder.begin(run_config, resume=resume, overwrite=overwrite)
-        history = folder.history()
+        # Those that torchrun starts do not wait for the main one, and may find the run that it is about to replace.
+        goes_on = main or resume
+        history = folder.history() if goes_on else []
         if is_finished(history, config):
             if main and folder.metrics.is_file():
                 return RunResult.read(folder.path)
@@ -202,7 +202,7 @@ def train(
             if main:
                 folder.metrics.unlink(missing_ok=True)  # of a shorter run that is being extended
             try:
-                device = _fit(data, run_config, folder, progress, main)
+                device = _fit(data, run_config, folder, progress, main, goes_on)
             except BaseException:
                 if main:
                     folder.drop_if_empty()
@@ -213,8 +213,14 @@ def train(
         return _finish(data, config, folder, history, device, progress)
 
 
-def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool, main: bool) -> torch.device:
-    """Run Lightning's loop to the end; the outcome is in the folder. Returns the main device."""
+def _fit(
+    data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool, main: bool, goes_on: bool
+) -> torch.device:
+    """Run Lightning's loop to the end, from the folder's state if ``goes_on`` and there is one; the outcome is in the folder.
+
+    Returns:
+        The main device.
+    """
     import lightning.pytorch as pl
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -236,9 +242,10 @@ def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool, 
     bars = progress_callbacks(progress)
     announce = functools.partial(announce_epoch, config.epochs) if progress and not bars else None
     model = NextItNet(run.model)
-    if not folder.state.is_file():
-        if config.init == "als":
-            item_factors.initialise(model, data, seed=config.seed, progress=progress and main)
+    state = folder.state if goes_on and folder.state.is_file() else None
+    if state is None:
+        if config.init == "als" and main:  # the others get its parameters before their first step
+            item_factors.initialise(model, data, seed=config.seed, progress=progress)
         if config.start_from is not None:
             carried = warm_start.initialise(model, data, config.start_from, length=config.length)
             if progress and main:
@@ -278,7 +285,7 @@ def _fit(data: PreparedData, run: RunConfig, folder: RunFolder, progress: bool, 
             "Choose others: accelerator 'cpu', devices 1 and strategy 'auto' work everywhere"
         ) from error
     with _stopped_by_signals(folder, trainer):
-        trainer.fit(module, ckpt_path=folder.state if folder.state.is_file() else None)
+        trainer.fit(module, ckpt_path=state)
     return torch.device(trainer.strategy.root_device)
 
 

@@ -79,6 +79,32 @@ def read_former(folder: str | os.PathLike[str]) -> Former:
     return Former(checkpoint.load(folder).eval(), catalogue.raw_ids)
 
 
+def doubtful_split(folder: str | os.PathLike[str], data: PreparedData) -> str | None:
+    """Why a model that starts from the one in ``folder`` may have been trained on what ``data`` holds out; None if it was not.
+
+    Leave-one-out twice, or twice by time, hide more from the earlier model than from the later one. All other pairs do not:
+    users are drawn anew for every folder, and what a cut in time hides is not each user's last.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ValueError: as :func:`read_former`.
+    """
+    from cprec.run_folder import RunConfig
+
+    sections = checkpoint.read_config(folder)[1]
+    if "export" in sections:
+        former = sections.get("data", {}).get("split")
+    else:
+        former = RunConfig.read(folder).open_data().meta["options"]["split"]
+    own = data.meta["options"]["split"]
+    if former == own and own in ("leave-one-out", "time"):
+        return None
+    before = "does not say how its data was split" if former is None else f"is of data split by {former}"
+    return (
+        f"{os.fspath(folder)} {before}, this data is split by {own}: it may have been trained on what is held out now, and "
+        "figures would flatter. Hold out alike in both, by leave-one-out or by time"
+    )
+
+
 def grown(config: NextItNetConfig, num_items: int, **changes: Any) -> NextItNetConfig:
     """The configuration for another number of items: cutoffs and ranks stay, the last cluster takes what is more or less.
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cprec import item_factors
 from cprec.data import Sequences, prepare
 from cprec.item_factors import Transitions, _System, as_initial_vectors, factorise, initialise, transitions
 from cprec.model import NextItNet, NextItNetConfig
@@ -181,6 +182,14 @@ def test_scale_is_that_of_a_model():
     assert float(shares @ (logits - mean).square().mean(1)) == pytest.approx(1, rel=1e-4)
     torch.testing.assert_close(before / before.norm(), p / p.norm())
     torch.testing.assert_close(after / after.norm(), q / q.norm())
+
+
+def test_the_scale_does_not_depend_on_how_many_rows_are_widened_at_a_time(monkeypatch):
+    p, q, counts = torch.randn(K, 6) * 7, torch.randn(K, 6) + 1, torch.arange(K, 0, -1)
+    whole = as_initial_vectors(p, q, counts)
+    monkeypatch.setattr(item_factors, "ROWS_IN_FP64", 7)
+    for found, expected in zip(as_initial_vectors(p, q, counts), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_nothing_to_scale():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from cprec import checkpoint
+from cprec import checkpoint, training
 from cprec.data import PreparedData, prepare
 from cprec.model import NextItNet, NextItNetConfig
 from cprec.run_folder import RunConfig
@@ -331,6 +333,32 @@ def test_patience_ends_a_run_that_stands_still(data, tmp_path):
     assert run(data, tmp_path / "run", config, resume=True) == result
     longer = run(data, tmp_path / "run", dataclasses.replace(config, patience=4), resume=True)
     assert len(longer.history) == 5
+
+
+def test_patience_counts_what_was_run_without_any(data, tmp_path):
+    still = dataclasses.replace(CONFIG, epochs=4, patience=0, learning_rate=1e-12)
+    run(data, tmp_path / "run", still)
+    longer = run(data, tmp_path / "run", dataclasses.replace(still, epochs=9, patience=5), resume=True)
+    assert len(longer.history) == 6
+
+
+def test_other_processes_of_a_new_run_do_not_read_the_one_it_replaces(data, finished, tmp_path, monkeypatch):
+    """Those of torchrun come here before the main one has moved a finished run away."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    states = []
+
+    def fit(*arguments):
+        states.append(arguments[-2:])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_fit", fit)
+    monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "run", CONFIG, overwrite=True)
+    assert states == [(False, False)]  # neither the main one nor from a state
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "run", CONFIG, resume=True)
+    assert len(states) == 1
 
 
 def test_when_a_run_is_finished():

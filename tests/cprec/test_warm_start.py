@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import types
 
 import numpy as np
 import pytest
 import torch
 
+from cprec import warm_start
+from cprec.data import prepare
+from cprec.exported import export
 from cprec.model import NextItNet, NextItNetConfig
+from cprec.training import TrainingConfig, train
 from cprec.warm_start import grown, start_from
 
 K, D = 40, 8
@@ -245,8 +250,6 @@ def test_the_former_model_is_read_as_it_predicts_and_left_as_it_was():
 
 
 def test_histories_are_the_newest_known_items_by_their_former_numbers(monkeypatch):
-    from cprec import warm_start
-
     class Catalogue:
         def encode(self, ids):
             return np.array([{"a": 2, "b": 0, "c": 3}.get(item, -1) for item in ids])
@@ -332,3 +335,31 @@ def test_a_catalogue_grows_in_its_last_cluster():
     assert grown(config, 26).input_partition.sizes == (10, 15, 1)
     with pytest.raises(ValueError, match="the last cluster starts at item 25, of which 25 items leave none"):
         grown(config, 25)
+
+
+@pytest.mark.parametrize(
+    ("former", "own", "doubtful"),
+    [
+        ("leave-one-out", "leave-one-out", False), ("time", "time", False), ("leave-one-out", "time", True),
+        ("time", "leave-one-out", True), ("user", "user", True), ("user", "time", True), ("time", "user", True),
+    ],
+)  # fmt: skip
+def test_only_the_same_split_twice_hides_what_is_held_out(former, own, doubtful, tmp_path):
+    log = tmp_path / "log.csv"
+    rows = [f"u{user},i{(user * 7 + step) % 30},{1_000 * step + user}" for user in range(60) for step in range(6)]
+    log.write_text("user,item,timestamp\n" + "\n".join(rows) + "\n")
+    folders = {}
+    for name, split in (("before", former), ("now", own)):
+        folders[name] = prepare(log, tmp_path / name, split=split)
+    model = NextItNetConfig.from_plan(folders["before"].num_items, D, dilations=(1,))
+    train(folders["before"], model, TrainingConfig(epochs=1, accelerator="cpu"), tmp_path / "run", progress=False)
+    export(tmp_path / "run", tmp_path / "model")
+    for source in (tmp_path / "run", tmp_path / "model"):
+        found = warm_start.doubtful_split(source, folders["now"])
+        assert (found is not None) == doubtful
+        if doubtful:
+            assert f"is of data split by {former}, this data is split by {own}: it may have been trained on" in found
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["data"]["split"]  # an export from before it was written
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert "does not say how its data was split" in warm_start.doubtful_split(tmp_path / "model", folders["now"])
