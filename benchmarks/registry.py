@@ -66,8 +66,8 @@ class Work:
 class Prepared:
     """A provider with its inputs in place.
 
-    call: what is timed. leaves: what it leaves gradients at. results: all outputs of the last call, for the gate. summary: few of them, for the comparison at full size.
-    note: what was chosen while preparing, for the row.
+    call: what is timed. leaves: what it leaves gradients at. results: all outputs of the last call, for the gate. summary:
+    few of them, for the comparison at full size. note: what was chosen while preparing, for the row.
     """
 
     call: Callable[[], Any]

@@ -74,8 +74,9 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time providers that have been warmed up.
 
-    Every provider gets ``min_rounds`` calls; those that are quick enough for it go on, round by round, until the budget
-    is spent, so that slow peers do not decide how well fast ones are measured.
+    Every provider gets ``min_rounds`` calls, and those that are quick enough as many as fit into their share of the budget,
+    so that slow peers do not decide how well fast ones are measured. The calls of each are spread evenly over the whole
+    time: whatever slows the machine for a while meets the same part of everyone's.
 
     Args:
         runnable: name -> provider and its prepared call.
@@ -85,15 +86,22 @@ def time_interleaved(
     names = list(runnable)
     times: dict[str, list[float]] = {name: [] for name in names}
     share_ms = budget_s * 1e3 / max(1, len(names))
-    began = clock()
-    for round_index in range(max(min_rounds, MAX_ROUNDS)):
-        due = [name for name in names if round_index < min_rounds or sum(times[name]) + times[name][-1] <= share_ms]
-        if not due:
-            break
+    planned = {}
+    for name in order_of_round(names, 0):
+        times[name].append(call_once_ms(*runnable[name], clock))
+        fitting = int(share_ms * (1 + 1e-6) / max(times[name][0], 1e-6))
+        planned[name] = min(max(min_rounds, fitting), max(min_rounds, MAX_ROUNDS))
+    rounds = max(planned.values(), default=1)
+    for round_index in range(1, rounds):
+        due = [name for name in names if _due(round_index, rounds, planned[name])]
         for name in order_of_round(due, round_index):
             times[name].append(call_once_ms(*runnable[name], clock))
-        spent = (clock() - began) / budget_s if budget_s > 0 else 1.0
-        on_round(min(1.0, max(min(1.0, (round_index + 1) / min_rounds) * 0.5, spent)))
+        on_round((round_index + 1) / rounds)
     for _, prepared in runnable.values():
         prepared.reset()
     return {name: summarise(values) for name, values in times.items()}
+
+
+def _due(round_index: int, rounds: int, calls: int) -> bool:
+    """Whether one of so many calls, spread evenly over the rounds from the first one on, falls into this round."""
+    return -(-round_index * calls // rounds) * rounds < (round_index + 1) * calls

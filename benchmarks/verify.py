@@ -3,8 +3,8 @@
 On a scaled-down case of the same shape every output is judged by the project's tolerance rule
 (:mod:`cprec_kernels.testing.compare`): truth is the provider's formula in fp64, base the same by plain torch in the tested
 dtype. The rule holds for what is ours. Peers are not ours to repair: they pass as long as they compute the same function,
-and a row says so when its peer is less exact than the rule. At full size, where fp64 would take hours, the loss and the input's gradient are compared among the providers of a
-formula.
+and a row says so when its peer is less exact than the rule. At full size, where fp64 would take hours, the loss and the
+input's gradient are compared among the providers of a formula.
 """
 
 from __future__ import annotations

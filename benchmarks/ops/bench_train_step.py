@@ -171,6 +171,13 @@ def prepare_torch(fused: bool, dtype: str) -> Callable[[Problem], Prepared]:
 # Work and memory
 
 
+def loss_of(problem: Problem) -> softmax_op.Problem:
+    """The loss's problem within a step: that of its own benchmark, but for the step's targets."""
+    loss = softmax_op.Problem(problem.fwd_bwd())
+    loss.target = problem.target
+    return loss
+
+
 def updated_parameters(problem: Problem, sparse: bool) -> int:
     partition = problem.partition
     softmax, embedding = partition.softmax_parameters(), partition.embedding_parameters
@@ -182,7 +189,7 @@ def updated_parameters(problem: Problem, sparse: bool) -> int:
 
 def step_work(kind: str, sparse: bool) -> Callable[[Problem], Work]:
     def work(problem: Problem) -> Work:
-        loss = softmax_op.compressed_work(kind)(softmax_op.Problem(problem.fwd_bwd()))
+        loss = softmax_op.compressed_work(kind)(loss_of(problem))
         lookup = embedding_op.embedding_work(embedding_op.Problem(problem.fwd_bwd()), sparse, not sparse)
         update = 7.0 * FLOAT_BYTES * updated_parameters(problem, sparse)
         return Work(loss.flops + lookup.flops, loss.exps + lookup.exps, loss.bytes + lookup.bytes + update)
@@ -200,7 +207,7 @@ def our_bytes(problem: Problem) -> int:
 
 
 def torch_bytes(problem: Problem) -> int:
-    loss = softmax_op.adaptive_bytes(softmax_op.Problem(problem.fwd_bwd()))
+    loss = softmax_op.adaptive_bytes(loss_of(problem))
     return loss + FLOAT_BYTES * problem.partition.embedding_parameters
 
 

@@ -77,9 +77,9 @@ def paper(
     """Train, tune and measure what the paper claims, on prepared data, and write a page of tables and plots.
 
     Tables: 1 twin and compressed model at several lengths, 2 sharing schemes, 3 clusters and ranks, 4 embedding or softmax
-    or both, 5 inference against catalogue size, 6 table 1 at twice the width, 7 the same from factors (both: core and full). Every run is a JSON file in --out, found again by its settings: a command
-    that was stopped goes on where it was, and tables share runs. Popularity and the uncompressed twin are in the tables; the
-    twin is tuned over the same grid.
+    or both, 5 inference against catalogue size, 6 table 1 at twice the width, 7 the same from factors (both: core and full).
+    Every run is a JSON file in --out, found again by its settings: a command that was stopped goes on where it was, and
+    tables share runs. Popularity and the uncompressed twin are in the tables; the twin is tuned over the same grid.
 
     Example: [bold]python -m benchmarks.paper --preset quick --table 1 --data beauty --out results[/]
     """  # fmt: skip

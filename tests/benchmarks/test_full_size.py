@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.ops import bench_clustered_topk
+from benchmarks.ops import bench_clustered_topk, bench_train_step
 from benchmarks.registry import Setting, get_op
 from benchmarks.roofline import Roof, Roofs
 from benchmarks.run import Options, Provenance, run_setting
@@ -118,3 +119,12 @@ def test_a_step_that_does_not_step_is_noticed_at_full_size():
     idle = differing(op.provider("torch-adam"), "cprec-overflow", lambda right: {}, without_step)
     rows = run_full_size(op, [idle, op.provider("torch-fused-adam")])
     assert "loss_after at full size differs from that of torch-fused-adam" in rows[0].error
+
+
+def test_a_step_counts_the_work_of_its_own_targets():
+    """Tails cost what their targets are many, and the loss's own benchmark draws others."""
+    step = bench_train_step.Problem(Setting("train_step", Case.parse("3k-d32-t64"), "step"))
+    tails = bench_train_step.loss_of(step).compressed_levels()[1:]
+    offsets = step.partition.offsets
+    counts = [int(((step.target >= lo) & (step.target < hi)).sum()) for lo, hi in itertools.pairwise(offsets)]
+    assert [tokens for _, _, tokens in tails] == counts[1:]

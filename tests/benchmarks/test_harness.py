@@ -209,6 +209,26 @@ def test_rounds_are_interleaved_and_gradients_dropped_outside_the_timed_part():
     assert [found[name].rounds for name in "abc"] == [6, 3, 1]  # 6 ms each
 
 
+def test_a_slow_spell_meets_all_providers_alike():
+    """A busy machine for most of the time: a slow provider with few calls must not have them all in there, a fast one few."""
+    now, end = [0.0], [1e9]
+    base = get_op("clustered_softmax").provider("reference")
+
+    def provider(name, cost_s):
+        def call():
+            now[0] += cost_s * (2.0 if now[0] < end[0] else 1.0)
+
+        return dataclasses.replace(base, name=name, scope=contextlib.nullcontext), Prepared(call, [], dict, dict)
+
+    runnable = {name: provider(name, cost) for name, cost in (("slow", 1.0), ("fast", 0.1))}
+    end[0] = 0.0
+    quiet = timing.time_interleaved(runnable, 5, 8.0, clock=lambda: now[0])
+    assert [quiet[name].rounds for name in ("slow", "fast")] == [5, 40]
+    now[0], end[0] = 0.0, 12.0  # of some 15 s with the spell
+    found = timing.time_interleaved(runnable, 5, 16.0, clock=lambda: now[0])
+    assert found["slow"].median_ms / found["fast"].median_ms == pytest.approx(10.0)
+
+
 def test_no_provider_always_follows_the_same_one():
     orders = [timing.order_of_round(["a", "b", "c"], index) for index in range(600)]
     assert orders == [timing.order_of_round(["a", "b", "c"], index) for index in range(600)]

@@ -441,3 +441,21 @@ def test_presets_ask_what_the_claims_need():
     for preset in PRESETS.values():
         assert preset.grid.keys() == {"dropout", "learning_rate", "weight_decay"}
         assert preset.main_length in preset.lengths
+
+
+@pytest.mark.parametrize("faster", [0, 1])
+def test_the_twin_searches_in_its_faster_form(monkeypatch, faster):
+    twin = speed.torch_twin(NextItNet(NextItNetConfig.from_plan(30, 8, dilations=(1,), repeats=1))).eval()
+    asked = [torch.arange(3)[None], torch.arange(5)[None]]
+    forms = {}
+
+    def timed(calls, rounds, burst):
+        forms.update(calls)
+        return {name: {"median_ms": float(int(name) != faster)} for name in calls}
+
+    monkeypatch.setattr(speed, "_interleave", timed)
+    chosen = speed._choose_search(twin, asked)
+    assert chosen is forms[str(faster)]
+    for turn in range(2):
+        values = [form(turn)[0] for form in forms.values()]
+        torch.testing.assert_close(*values)

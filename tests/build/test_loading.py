@@ -64,7 +64,8 @@ def test_build_info_that_is_not_json_counts_as_never_built(tmp_path):
 
 
 def test_importing_the_package_a_second_time_is_refused_clearly():
-    code = "import sys, cprec_kernels\nfor name in [n for n in sys.modules if n.startswith('cprec_kernels')]: del sys.modules[name]\nimport cprec_kernels"
+    loaded = "[name for name in sys.modules if name.startswith('cprec_kernels')]"
+    code = f"import sys, cprec_kernels\nfor name in {loaded}: del sys.modules[name]\nimport cprec_kernels"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "do not reload it or remove it from sys.modules; restart Python" in result.stderr
 
