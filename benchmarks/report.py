@@ -27,6 +27,11 @@ call returns. "WRONG" rows failed the comparison and are not timed. Peers need t
 says where they are less exact; ours are held to the project's tolerance rule. Only rows that end in "-approx" promise no
 exact ids; they say how many agree. Mode "trained" searches a trained model for its test histories, and its rows are held
 to the search on the weights themselves.
+
+Calls of a setting are spread evenly over its time. Of results up to commit c545ea1 that holds for every provider's first
+calls; quick ones went on alone when slow ones had spent their share, so a busy spell could meet one of them and not the other.
+Rows of `train_step` up to there count the work of other targets: up to 7% too many products, 14% exponentials.
+
 `python -m benchmarks run --op clustered_softmax --case 1m-d128-t512` measures one setting again, `--help` says more.
 """
 
