@@ -7,6 +7,7 @@ former model did not know starts as the mean of those of its cluster that it did
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -83,18 +84,22 @@ def doubtful_split(folder: str | os.PathLike[str], data: PreparedData) -> str | 
     """Why a model that starts from the one in ``folder`` may have been trained on what ``data`` holds out; None if it was not.
 
     Leave-one-out twice, or twice by time, hide more from the earlier model than from the later one. All other pairs do not:
-    users are drawn anew for every folder, and what a cut in time hides is not each user's last.
+    users are drawn anew for every folder, and what a cut in time hides is not each user's last. A run whose data is gone, and an
+    export from before it said, do not tell.
 
     Raises:
-        CheckpointError, FileNotFoundError, ValueError: as :func:`read_former`.
+        CheckpointError: no model there, or a damaged one. ValueError: a damaged configuration.
     """
     from cprec.run_folder import RunConfig
 
     sections = checkpoint.read_config(folder)[1]
+    former = None
     if "export" in sections:
         former = sections.get("data", {}).get("split")
     else:
-        former = RunConfig.read(folder).open_data().meta["options"]["split"]
+        run = RunConfig.read(folder)
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            former = run.open_data().meta["options"]["split"]
     own = data.meta["options"]["split"]
     if former == own and own in ("leave-one-out", "time"):
         return None

@@ -359,6 +359,8 @@ def test_only_the_same_split_twice_hides_what_is_held_out(former, own, doubtful,
         assert (found is not None) == doubtful
         if doubtful:
             assert f"is of data split by {former}, this data is split by {own}: it may have been trained on" in found
+    (tmp_path / "before").rename(tmp_path / "elsewhere")
+    assert "does not say how its data was split" in warm_start.doubtful_split(tmp_path / "run", folders["now"])
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     del config["data"]["split"]  # an export from before it was written
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
