@@ -174,7 +174,7 @@ def test_the_command_takes_shape_and_length_from_the_model(run, earlier, tmp_pat
 
 
 def test_the_command_says_that_drawn_users_may_be_known(run, earlier, tmp_path):
-    note = "may have been trained on those who are held out now"
+    note = "may have been trained on what is held out now"
     prepare(earlier / "new.txt", tmp_path / "drawn", format="sequences", split="user")
     fast = ("--epochs", 1, "--batch-size", 32, "--accelerator", "cpu", "--from", earlier / "model")
     assert note in run("train", tmp_path / "drawn", "-o", tmp_path / "run", *fast)[0].replace("\n", " ")
