@@ -8,7 +8,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.paper import by_length, speed, tables
@@ -21,7 +20,6 @@ from benchmarks.run import Provenance
 from benchmarks.table import number
 from cprec.data import PreparedData, prepare_synthetic
 from cprec.evaluation import evaluate
-from cprec.model import NextItNet, NextItNetConfig
 
 
 def call(capfd, *arguments, expect=0):
@@ -232,46 +230,6 @@ def test_dense_catalogues_have_no_table_of_factors(data, tmp_path, monkeypatch, 
 # Speed
 
 
-def model(**options):
-    return NextItNet(NextItNetConfig.from_plan(50, 8, dilations=(1,), **options)).eval()
-
-
-def test_the_twin_on_torchs_ops_is_the_same_function():
-    twin = model()
-    plain = speed.torch_twin(twin)
-    windows = torch.randint(51, (6, 5))
-    windows[:, -1] = 3
-    windows[:, -2] = 4
-    assert not any(type(module).__module__.startswith("cprec_kernels") for module in plain.modules())
-    expected = twin.loss(windows)
-    for chunk in (None, 4) if hasattr(torch.nn.functional, "linear_cross_entropy") else (None,):
-        plain.softmax.chunk = chunk
-        torch.testing.assert_close(plain.loss(windows), expected)
-    torch.testing.assert_close(plain.topk(windows[:, :-1], 7)[1], twin.topk(windows[:, :-1], 7)[1])
-    with pytest.raises(BenchmarkError, match="only an uncompressed model"):
-        speed.torch_twin(model(cutoffs=[10], ranks=[8, 4]))
-
-
-def test_a_wrong_twin_or_search_is_not_timed(data, monkeypatch):
-    prepared = PreparedData.open(data)
-    config = NextItNetConfig.from_plan(300, 8, dilations=(1,))
-    right = speed.torch_twin
-
-    def off(twin):
-        changed = right(twin)
-        with torch.no_grad():
-            changed.softmax.weight[7] += 1.0
-        return changed
-
-    monkeypatch.setattr(speed, "torch_twin", off)
-    with pytest.raises(BenchmarkError, match="nothing is timed"):
-        speed.measure_models(NextItNet(config), {}, prepared, 4, 8, 1, 1)
-    scores = torch.tensor([[3.0, 2.0, 1.0]])
-    speed._check_scores("same", scores + 5, scores)
-    with pytest.raises(BenchmarkError, match="changed finds items whose scores differ"):
-        speed._check_scores("changed", torch.tensor([[3.0, 2.0, 0.0]]), scores)
-
-
 def test_sizes_beyond_the_memory_are_skipped_with_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(speed.memory, "available_bytes", lambda: 10_000)
     monkeypatch.setattr(tables, "measure_search", never)
@@ -441,21 +399,3 @@ def test_presets_ask_what_the_claims_need():
     for preset in PRESETS.values():
         assert preset.grid.keys() == {"dropout", "learning_rate", "weight_decay"}
         assert preset.main_length in preset.lengths
-
-
-@pytest.mark.parametrize("faster", [0, 1])
-def test_the_twin_searches_in_its_faster_form(monkeypatch, faster):
-    twin = speed.torch_twin(NextItNet(NextItNetConfig.from_plan(30, 8, dilations=(1,), repeats=1))).eval()
-    asked = [torch.arange(3)[None], torch.arange(5)[None]]
-    forms = {}
-
-    def timed(calls, rounds, burst):
-        forms.update(calls)
-        return {name: {"median_ms": float(int(name) != faster)} for name in calls}
-
-    monkeypatch.setattr(speed, "_interleave", timed)
-    chosen = speed._choose_search(twin, asked)
-    assert chosen is forms[str(faster)]
-    for turn in range(2):
-        values = [form(turn)[0] for form in forms.values()]
-        torch.testing.assert_close(*values)
